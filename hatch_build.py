@@ -1,0 +1,41 @@
+"""Compile the kernel side. Used by the wheel's build and by ``make``."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+try:
+    from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+except ImportError:  # run by make, outside of a build
+    BuildHookInterface = object  # type: ignore[assignment, misc]
+
+SOURCE = Path("src/uffdguard/kernel/guard.bpf.c")
+
+
+def compile_bpf(source: Path, target: Path) -> None:
+    """Compile SOURCE to the BPF object TARGET; warnings are errors."""
+    machine = os.uname().machine
+    command = ["clang", "-target", "bpf", "-mcpu=v3", "-O2", "-g", "-Wall", "-Wextra", "-Werror"]
+    command += ["-Wno-unused-parameter", f"-I/usr/include/{machine}-linux-gnu", "-c", str(source), "-o", str(target)]
+    # Otherwise the path of the source tree would be in the object, and no two builds alike.
+    command += [f"-ffile-prefix-map={Path.cwd()}=."]
+    subprocess.run(command, check=True)
+
+
+class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
+    """Puts the object into the wheel, and the machine's name on it: registers are read, so it is not portable."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile before the files are collected."""
+        if self.target_name == "wheel":
+            source = Path(self.root, SOURCE)
+            compile_bpf(source, source.with_suffix(".o"))
+            build_data["tag"] = "py3-none-linux_x86_64"
+
+
+if __name__ == "__main__":
+    compile_bpf(SOURCE, Path(sys.argv[1]))

@@ -1,0 +1,1 @@
+"""Access control for userfaultfd(2) on unmodified Linux kernels."""

@@ -1,0 +1,24 @@
+"""``uffdguard mode``."""
+
+from __future__ import annotations
+
+import click
+
+from uffdguard.cli.words import MODE
+from uffdguard.policy import Mode, interface_line
+
+
+@click.command("mode")
+@click.argument("mode", type=MODE, required=False)
+def command(mode: Mode | None) -> None:
+    """Show or switch the mode.
+
+    Without MODE, print the modes that exist with the current one in brackets. With MODE (disabled, enabled, or
+    on a kernel with KVM kvm), switch to it.
+    """
+    from uffdguard import guard
+
+    if mode:
+        guard.set_mode(mode)
+    else:
+        click.echo(interface_line(guard.current_mode(), guard.modes()))

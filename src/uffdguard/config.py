@@ -1,0 +1,77 @@
+"""Where the policy comes from: TOML files, of which the later wins.
+
+``/usr/lib/uffdguard.toml`` is the distribution's default, ``/etc/uffdguard.toml`` the administrator's, and the
+drop-ins ``/etc/uffdguard.d/*.toml`` follow in the order of their names. No file: ``disabled``, ``deny``.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from uffdguard.errors import Failure
+from uffdguard.policy import Mode, Policy
+
+DEFAULT = Path("/usr/lib/uffdguard.toml")
+ADMINISTRATOR = Path("/etc/uffdguard.toml")
+DROP_INS = Path("/etc/uffdguard.d")
+
+
+class File(msgspec.Struct, rename="kebab", forbid_unknown_fields=True):
+    """What one file may say; what it leaves out it leaves as it is."""
+
+    mode: Mode | msgspec.UnsetType = msgspec.UNSET
+    user_mode_only: Literal["deny", "allow"] | msgspec.UnsetType = msgspec.UNSET
+
+
+def files() -> list[Path]:
+    """Return the files that exist, in the order in which they are read."""
+    return [path for path in (DEFAULT, ADMINISTRATOR, *sorted(DROP_INS.glob("*.toml"))) if path.exists()]
+
+
+def load() -> Policy:
+    """Return the policy that the files ask for.
+
+    :raises Failure: a file cannot be read or says what it may not; names the file, the line and the key.
+    """
+    mode, user_mode_only = Policy().mode, "deny"
+    for path in files():
+        said = read(path)
+        if said.mode is not msgspec.UNSET:
+            mode = said.mode
+        if said.user_mode_only is not msgspec.UNSET:
+            user_mode_only = said.user_mode_only
+    return Policy(mode, user_mode_only == "allow")
+
+
+def read(path: Path) -> File:
+    """Read one file.
+
+    :raises Failure: as :func:`load`.
+    """
+    hint = "correct it and run the command again; nothing was changed"
+    try:
+        text = path.read_text()
+        return msgspec.convert(tomllib.loads(text), File)
+    except tomllib.TOMLDecodeError as error:
+        raise Failure(f"{path}: not TOML: {error}", hint) from error
+    except msgspec.ValidationError as error:
+        key, what = _key_and_reason(str(error))
+        where = re.search(rf"""^[ \t]*['"]?{re.escape(key)}\b""", text, re.MULTILINE)
+        line = text.count("\n", 0, where.start()) + 1 if where else 1
+        raise Failure(f"{path}, line {line}: {key}: {what}", hint) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise Failure(f"cannot read {path}: {error}", hint) from error
+
+
+def _key_and_reason(message: str) -> tuple[str, str]:
+    """Take msgspec's message apart, and say which words there are."""
+    words = {"mode": list(Mode), "user-mode-only": ["deny", "allow"]}
+    if unknown := re.search(r"unknown field `(.*?)`", message):
+        return unknown[1], f"no such key; there are {' and '.join(words)}"
+    key = message.rsplit("$.", 1)[-1].rstrip("`")
+    return key, f"must be one of {', '.join(words.get(key, []))}, in quotes"

@@ -1,0 +1,236 @@
+"""What enforcement needs of this machine: a row for each, and what to do about what is missing."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from uffdguard.errors import Failure
+from uffdguard.kernel import libbpf, native
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+OBJECT = Path(__file__).with_name("guard.bpf.o")
+HOOK = "inode_init_security_anon"
+#: The oldest kernel that is tried; the hook is there since 5.12, /dev/userfaultfd since 6.1.
+OLDEST = (6, 1)
+#: include/linux/proc_ns.h: the initial namespaces have fixed inode numbers.
+INITIAL_NAMESPACES = {"user": 0xEFFFFFFD, "pid": 0xEFFFFFFC}
+
+State = Literal["ok", "warning", "missing"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing that enforcement needs, how it stands here, and what to do when it is not ``ok``."""
+
+    name: str
+    state: State
+    fact: str
+    hint: str = ""
+
+
+def rows() -> Iterator[Row]:
+    """Yield the rows whose answer costs nothing and changes nothing."""
+    for check in CHECKS:
+        yield check()
+
+
+def require() -> None:
+    """Make sure that nothing is missing that can be told without trying.
+
+    :raises Failure: for the first row that is ``missing``.
+    """
+    for row in rows():
+        if row.state == "missing":
+            raise Failure(f"the policy cannot be put in force here: {row.name}: {row.fact}", row.hint)
+
+
+def program_rows() -> Iterator[Row]:
+    """Yield a row for each program of ours: whether this kernel loads it. Nothing is attached."""
+    for program in ("decide", "grant", "forget", "seed"):
+        yield _program(program)
+
+
+def _privileges() -> Row:
+    if os.geteuid() != 0:
+        return Row("privileges", "missing", "not running as root", "run it as root, e.g. with sudo")
+    status = Path("/proc/self/status").read_text()
+    effective = int(status.split("CapEff:")[1].split()[0], 16)
+    wanted = {"CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
+    lacking = [name for name, bit in wanted.items() if not effective >> bit & 1]
+    if lacking:
+        return Row("privileges", "missing", f"root without {', '.join(lacking)}", "run it outside of the container")
+    return Row("privileges", "ok", "root")
+
+
+def _namespaces() -> Row:
+    for kind, inode in INITIAL_NAMESPACES.items():
+        if Path(f"/proc/self/ns/{kind}").stat().st_ino != inode:
+            return Row("namespaces", "missing", f"not in the initial {kind} namespace", "run it on the host itself")
+    return Row("namespaces", "ok", "initial user and pid namespaces")
+
+
+def _machine() -> Row:
+    machine = os.uname().machine
+    if machine != "x86_64":
+        return Row(
+            "machine", "missing", machine, "only x86-64 gives each address space an id that is never used again"
+        )
+    return Row("machine", "ok", machine)
+
+
+def _kernel() -> Row:
+    release = os.uname().release
+    version = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in release.split(".")[:2])
+    if version < OLDEST:
+        return Row("kernel", "missing", release, "boot Linux 6.1 or newer")
+    return Row("kernel", "ok", release)
+
+
+def _libbpf() -> Row:
+    try:
+        libbpf.library()
+    except Failure as error:
+        return Row("libbpf", "missing", error.what, error.hint)
+    return Row("libbpf", "ok", "libbpf.so.1")
+
+
+def _btf() -> Row:
+    if not Path("/sys/kernel/btf/vmlinux").exists():
+        return Row("BTF", "missing", "/sys/kernel/btf/vmlinux is not there", "boot a kernel with CONFIG_DEBUG_INFO_BTF")
+    return Row("BTF", "ok", "/sys/kernel/btf/vmlinux")
+
+
+def _hook() -> Row:
+    try:
+        there = libbpf.kernel_has_function(f"bpf_lsm_{HOOK}")
+    except (Failure, OSError) as error:
+        return Row("hook", "missing", f"cannot tell: {error}", "see the rows above")
+    if not there:
+        return Row("hook", "missing", f"no {HOOK} for BPF", "boot Linux 5.12 or newer with CONFIG_BPF_LSM")
+    return Row("hook", "ok", HOOK)
+
+
+def _lsm() -> Row:
+    try:
+        modules = Path("/sys/kernel/security/lsm").read_text().strip()
+    except OSError:
+        return Row(
+            "LSM list",
+            "warning",
+            "cannot tell: securityfs is not mounted",
+            "mount -t securityfs securityfs /sys/kernel/security",
+        )
+    if "bpf" not in modules.split(","):
+        return Row("LSM list", "missing", f"no bpf in {modules}", f"boot with lsm={modules},bpf")
+    return Row("LSM list", "ok", modules)
+
+
+def _lockdown() -> Row:
+    try:
+        text = Path("/sys/kernel/security/lockdown").read_text()
+    except OSError:
+        return Row("lockdown", "ok", "none")
+    level = text.split("[")[1].split("]")[0] if "[" in text else text.strip()
+    if level == "confidentiality":
+        return Row("lockdown", "missing", level, "boot with lockdown=integrity or none: BPF may read no memory now")
+    return Row("lockdown", "ok", level)
+
+
+def _bpffs() -> Row:
+    if native.is_bpffs(native.BPFFS):
+        return Row("bpffs", "ok", str(native.BPFFS))
+    if native.BPFFS.is_dir():
+        return Row("bpffs", "ok", f"not mounted on {native.BPFFS}; start does it")
+    return Row("bpffs", "missing", f"{native.BPFFS} is not there", "mount sysfs on /sys; a kernel without bpffs won't do")
+
+
+def _proc() -> Row:
+    try:
+        value = native.read_knob()
+    except Failure as error:
+        return Row("sysctl", "missing", error.what, error.hint)
+    return Row("sysctl", "ok", f"vm.unprivileged_userfaultfd = {value}")
+
+
+def _device_userfaultfd() -> Row:
+    if not _is_device(native.DEV_USERFAULTFD):
+        return Row(
+            "userfaultfd device",
+            "missing",
+            f"{native.DEV_USERFAULTFD} is not there",
+            "start asks through it whether the policy answers; let udev or devtmpfs make it",
+        )
+    return Row("userfaultfd device", "ok", str(native.DEV_USERFAULTFD))
+
+
+def _device_kvm() -> Row:
+    if not native.has_kvm():
+        return Row("KVM", "warning", "this kernel has none", "mode kvm does not exist here; disabled and enabled do")
+    if not _is_device(native.DEV_KVM):
+        return Row("KVM", "warning", f"{native.DEV_KVM} is not there", "load kvm_intel or kvm_amd for mode kvm to matter")
+    mode = native.DEV_KVM.stat().st_mode
+    if mode & stat.S_IROTH or mode & stat.S_IWOTH:
+        return Row(
+            "KVM",
+            "warning",
+            f"everybody may open {native.DEV_KVM} ({stat.filemode(mode)})",
+            "mode kvm then means nearly enabled; a udev rule with MODE=0660 and GROUP=kvm restricts it",
+        )
+    return Row("KVM", "ok", f"{native.DEV_KVM} {stat.filemode(mode)}")
+
+
+CHECKS: tuple[Callable[[], Row], ...] = (
+    _privileges,
+    _namespaces,
+    _machine,
+    _kernel,
+    _libbpf,
+    _btf,
+    _hook,
+    _lsm,
+    _lockdown,
+    _bpffs,
+    _proc,
+    _device_userfaultfd,
+    _device_kvm,
+)
+
+
+def _is_device(path: Path) -> bool:
+    try:
+        return stat.S_ISCHR(path.stat().st_mode)
+    except OSError:
+        return False
+
+
+def _program(program: str) -> Row:
+    name = f"program {program}"
+    try:
+        with libbpf.Object(OBJECT) as obj:
+            obj.only(program)
+            obj.load()
+    except Failure as error:
+        return Row(name, "missing", error.what, error.hint)
+    except OSError as error:
+        return Row(name, "missing", load_error(error), load_hint(error))
+    return Row(name, "ok", "this kernel loads it")
+
+
+def load_error(error: OSError) -> str:
+    """Say in a few words why an object was not loaded."""
+    return "the kernel refuses to load it: " + os.strerror(error.errno or 0)
+
+
+def load_hint(error: OSError) -> str:
+    """Say what to do when an object was not loaded."""
+    if isinstance(error, PermissionError):
+        return "it needs CAP_BPF and CAP_PERFMON, and a kernel that lets root load LSM and tracing programs"
+    if isinstance(error, FileNotFoundError):
+        return "the compiled program is missing: reinstall uffdguard, or run make in its source"
+    return "--debug shows the kernel's own log"

@@ -1,0 +1,86 @@
+"""The structures shared with guard.bpf.c, one definition each, compared with the object's BTF at load."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int32, c_uint8, c_uint32, c_uint64
+from typing import TYPE_CHECKING
+
+from uffdguard.errors import Failure
+from uffdguard.policy import Mode, Policy, Reason
+
+if TYPE_CHECKING:
+    from uffdguard.kernel.libbpf import Object
+
+MODES = tuple(Mode)
+REASONS = tuple(Reason)
+
+
+class Word(ctypes.Structure):
+    """``struct policy_bits``: the mode and the options in one byte."""
+
+    _fields_ = (("mode", c_uint8, 2), ("user_mode_only", c_uint8, 1))
+
+    @classmethod
+    def of(cls, policy: Policy) -> Word:
+        """Return POLICY as the kernel side keeps it."""
+        return cls(MODES.index(policy.mode), policy.user_mode_only)
+
+    def policy(self) -> Policy:
+        """Return the policy that this word says."""
+        return Policy(MODES[self.mode], bool(self.user_mode_only))
+
+
+class Counts(ctypes.Structure):
+    """``struct counts``: what has been decided since the first start, and the grants."""
+
+    _fields_ = (("decisions", c_uint64 * len(REASONS)), ("grants", c_uint64), ("lost", c_uint64))
+
+    def by_reason(self) -> dict[Reason, int]:
+        """Return the number of decisions for each reason."""
+        return dict(zip(REASONS, self.decisions, strict=True))
+
+
+class Witness(ctypes.Structure):
+    """``struct witness``: the process whose decisions are watched, and what was decided about it."""
+
+    _fields_ = (("tgid", c_int32), ("strict", c_uint32), ("decisions", c_uint32), ("reason", c_uint32))
+
+
+#: The maps of global data, each of one value, and what that value is. In the object: ``.data.NAME``.
+VALUES: dict[str, type[ctypes.Structure]] = {"policy": Word, "counts": Counts, "witness": Witness}
+
+
+def map_name(name: str) -> str:
+    """Return the object's name of one of our maps."""
+    return f".data.{name}" if name in VALUES else name
+
+
+def _bits(field: ctypes._CField[object, object, object]) -> int:
+    """Return a member's offset in bits; ctypes keeps a bit-field's in the low half of its size."""
+    return field.offset * 8 + (field.size & 0xFFFF if field.size >> 16 else 0)
+
+
+def check(obj: Object) -> None:
+    """Compare the definitions here with those in the object.
+
+    :raises Failure: they differ; the object was built from another source.
+    """
+    expected: dict[str, object] = {
+        "enum mode": {f"MODE_{word.name}": number for number, word in enumerate(MODES)},
+        "enum reason": {f"REASON_{word.name}": number for number, word in enumerate(REASONS)}
+        | {"NR_REASONS": len(REASONS)},
+    }
+    found: dict[str, object] = {f"enum {name}": obj.enumerators(name) for name in ("mode", "reason")}
+    for name, kind in VALUES.items():
+        expected[f"the size of {name}"] = (ctypes.sizeof(kind), 1)
+        found[f"the size of {name}"] = obj.map_size(map_name(name))
+        struct = "policy_bits" if kind is Word else name
+        expected[f"struct {struct}"] = {field[0]: _bits(getattr(kind, field[0])) for field in kind._fields_}
+        found[f"struct {struct}"] = obj.members(struct)
+    for what, value in expected.items():
+        if found[what] != value:
+            raise Failure(
+                f"guard.bpf.o and layout.py differ in {what}: {found[what]} and {value}",
+                "reinstall uffdguard, or run make in its source",
+            )

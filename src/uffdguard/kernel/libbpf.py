@@ -1,0 +1,305 @@
+"""The binding to ``libbpf.so.1``: only what is used, with libbpf's negative errnos as exceptions.
+
+Every file descriptor that a function here returns belongs to the caller.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from ctypes import POINTER, byref, c_bool, c_char, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from uffdguard.errors import Failure
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from pathlib import Path
+    from types import TracebackType
+
+T = TypeVar("T", bound=ctypes.Structure)
+
+BPF_NOEXIST = 1
+BTF_KIND_STRUCT, BTF_KIND_UNION, BTF_KIND_ENUM, BTF_KIND_FUNC = 4, 5, 6, 12
+
+
+class ProgramInfo(ctypes.Structure):
+    """struct bpf_prog_info of include/uapi/linux/bpf.h, up to what is read of it."""
+
+    _fields_ = (
+        ("type", c_uint32),
+        ("id", c_uint32),
+        ("tag", c_char * 8),
+        ("jited_prog_len", c_uint32),
+        ("xlated_prog_len", c_uint32),
+        ("jited_prog_insns", c_uint64),
+        ("xlated_prog_insns", c_uint64),
+        ("load_time", c_uint64),  # ns since boot, suspend included
+        ("created_by_uid", c_uint32),
+        ("nr_map_ids", c_uint32),
+        ("map_ids", c_uint64),
+        ("name", c_char * 16),
+        ("_unused", c_uint64 * 14),
+        ("run_time_ns", c_uint64),
+        ("run_cnt", c_uint64),
+        ("recursion_misses", c_uint64),
+    )
+
+
+class MapInfo(ctypes.Structure):
+    """struct bpf_map_info, likewise."""
+
+    _fields_ = tuple((name, c_uint32) for name in ("type", "id", "key_size", "value_size", "max_entries", "map_flags"))
+
+
+class LinkInfo(ctypes.Structure):
+    """struct bpf_link_info, likewise."""
+
+    _fields_ = (("type", c_uint32), ("id", c_uint32), ("prog_id", c_uint32))
+
+
+class _BtfType(ctypes.Structure):
+    _fields_ = (("name_off", c_uint32), ("info", c_uint32), ("size_or_type", c_uint32))
+
+
+#: libbpf's own messages since the library was loaded, warnings only; the last ones explain a failure.
+messages: list[str] = []
+
+_VPRINT = ctypes.CFUNCTYPE(c_int, c_int, c_char_p, c_void_p)
+
+
+@_VPRINT
+def _collect(level: int, form: bytes, arguments: int) -> int:
+    text = ctypes.create_string_buffer(1 << 16)
+    ctypes.CDLL(None).vsnprintf(text, c_size_t(len(text)), form, c_void_p(arguments))
+    if level == 0:
+        messages.append(text.value.decode(errors="replace").rstrip())
+    return 0
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """Load libbpf 1.x.
+
+    :raises Failure: the library is missing.
+    """
+    try:
+        lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
+    except OSError:
+        raise Failure(
+            "libbpf.so.1 is missing: it loads the policy into the kernel",
+            "install libbpf 1.0 or newer (Debian: apt install libbpf1)",
+        ) from None
+    pointers: dict[str, list[Any]] = {
+        "bpf_object__open_file": [c_char_p, c_void_p],
+        "bpf_object__find_program_by_name": [c_void_p, c_char_p],
+        "bpf_object__find_map_by_name": [c_void_p, c_char_p],
+        "bpf_object__next_program": [c_void_p, c_void_p],
+        "bpf_object__btf": [c_void_p],
+        "bpf_program__attach": [c_void_p],
+        "bpf_program__attach_iter": [c_void_p, c_void_p],
+        "bpf_program__name": [c_void_p],
+        "btf__load_vmlinux_btf": [],
+        "btf__type_by_id": [c_void_p, c_uint32],
+        "btf__name_by_offset": [c_void_p, c_uint32],
+    }
+    ints: dict[str, list[Any]] = {
+        "bpf_object__load": [c_void_p],
+        "bpf_program__set_autoload": [c_void_p, c_bool],
+        "bpf_map__fd": [c_void_p],
+        "bpf_map__reuse_fd": [c_void_p, c_int],
+        "bpf_map__value_size": [c_void_p],
+        "bpf_map__max_entries": [c_void_p],
+        "bpf_link__fd": [c_void_p],
+        "bpf_link__destroy": [c_void_p],
+        "bpf_obj_pin": [c_int, c_char_p],
+        "bpf_obj_get": [c_char_p],
+        "bpf_obj_get_info_by_fd": [c_int, c_void_p, POINTER(c_uint32)],
+        "bpf_prog_get_fd_by_id": [c_uint32],
+        "bpf_iter_create": [c_int],
+        "bpf_map_lookup_elem": [c_int, c_void_p, c_void_p],
+        "bpf_map_update_elem": [c_int, c_void_p, c_void_p, c_uint64],
+        "bpf_map_get_next_key": [c_int, c_void_p, c_void_p],
+        "btf__find_by_name_kind": [c_void_p, c_char_p, c_uint32],
+    }
+    for name, arguments in pointers.items():
+        getattr(lib, name).argtypes = arguments
+        getattr(lib, name).restype = c_void_p
+    for name, arguments in ints.items():
+        getattr(lib, name).argtypes = arguments
+        getattr(lib, name).restype = c_int
+    lib.bpf_program__name.restype = c_char_p
+    lib.btf__name_by_offset.restype = c_char_p
+    lib.bpf_object__close.argtypes = lib.btf__free.argtypes = [c_void_p]
+    lib.bpf_object__close.restype = lib.btf__free.restype = None
+    lib.libbpf_set_print(_collect)
+    return lib
+
+
+def _call(function: str, *arguments: Any) -> int:
+    """Call a function that returns a negative errno, or a pointer that is NULL with errno set.
+
+    :raises OSError: with the function's name as the message's start.
+    """
+    result = getattr(library(), function)(*arguments)
+    if result is None or result < 0:
+        number = ctypes.get_errno() if result is None else -result
+        raise OSError(number, f"{function}: {os.strerror(number)}")
+    return int(result)
+
+
+class Object:
+    """An opened BPF object file; a context manager that closes it.
+
+    What was attached stays attached as long as a descriptor or a pin of the link exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._object = _call("bpf_object__open_file", bytes(path), None)
+
+    def __enter__(self) -> Object:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        library().bpf_object__close(self._object)
+
+    def programs(self) -> list[str]:
+        """Return the names of the object's programs."""
+        names, program = [], library().bpf_object__next_program(self._object, None)
+        while program:
+            names.append(library().bpf_program__name(program).decode())
+            program = library().bpf_object__next_program(self._object, program)
+        return names
+
+    def only(self, program: str) -> None:
+        """Let :meth:`load` load just this one program."""
+        for name in self.programs():
+            _call("bpf_program__set_autoload", self._program(name), name == program)
+
+    def reuse(self, name: str, fd: int) -> None:
+        """Use the existing map FD instead of making the map NAME."""
+        _call("bpf_map__reuse_fd", self._map(name), fd)
+
+    def load(self) -> None:
+        """Make the maps and load the programs.
+
+        :raises OSError: the kernel refused; :data:`messages` has its verifier's log.
+        """
+        _call("bpf_object__load", self._object)
+
+    def attach(self, program: str) -> int:
+        """Attach PROGRAM to the hook its section names; return the link's descriptor."""
+        return self._detached(_call("bpf_program__attach", self._program(program)))
+
+    def run_iterator(self, program: str) -> None:
+        """Run an iterator program once over everything it iterates."""
+        link = self._detached(_call("bpf_program__attach_iter", self._program(program), None))
+        try:
+            fd = _call("bpf_iter_create", link)
+        finally:
+            os.close(link)
+        try:
+            while os.read(fd, 4096):
+                pass
+        finally:
+            os.close(fd)
+
+    def map_fd(self, name: str) -> int:
+        """Return the descriptor of map NAME, the object's own: valid until the object is closed."""
+        return _call("bpf_map__fd", self._map(name))
+
+    def map_size(self, name: str) -> tuple[int, int]:
+        """Return the size of a value in bytes and the number of entries of map NAME."""
+        return _call("bpf_map__value_size", self._map(name)), _call("bpf_map__max_entries", self._map(name))
+
+    def enumerators(self, name: str) -> dict[str, int]:
+        """Return the enumerators of ``enum NAME`` in the object's BTF."""
+        # struct btf_enum: name_off, val
+        return {text: fields[0] for text, fields in self._btf_entries(name, BTF_KIND_ENUM, 2)}
+
+    def members(self, name: str) -> dict[str, int]:
+        """Return the members of ``struct NAME`` in the object's BTF, with their offsets in bits."""
+        # struct btf_member: name_off, type, offset (of which bits 24 to 31 are a bit-field's size)
+        return {text: fields[1] & 0xFFFFFF for text, fields in self._btf_entries(name, BTF_KIND_STRUCT, 3)}
+
+    def _btf_entries(self, name: str, kind: int, words: int) -> list[tuple[str, Sequence[int]]]:
+        btf = _call("bpf_object__btf", self._object)
+        number = library().btf__find_by_name_kind(btf, name.encode(), kind)
+        if number < 0:
+            return []
+        address = _call("btf__type_by_id", btf, number)
+        number = _BtfType.from_address(address).info & 0xFFFF
+        entries = (c_uint32 * words * number).from_address(address + ctypes.sizeof(_BtfType))
+        return [(library().btf__name_by_offset(btf, entry[0]).decode(), list(entry)[1:]) for entry in entries]
+
+    def _program(self, name: str) -> int:
+        return _call("bpf_object__find_program_by_name", self._object, name.encode())
+
+    def _map(self, name: str) -> int:
+        return _call("bpf_object__find_map_by_name", self._object, name.encode())
+
+    @staticmethod
+    def _detached(link: int) -> int:
+        """Turn libbpf's link into a descriptor of our own."""
+        fd = os.dup(_call("bpf_link__fd", link))
+        _call("bpf_link__destroy", link)
+        return fd
+
+
+def kernel_has_function(name: str) -> bool:
+    """Tell whether the running kernel's BTF describes the function NAME.
+
+    :raises OSError: the kernel gives no BTF.
+    """
+    btf = _call("btf__load_vmlinux_btf")
+    try:
+        return bool(library().btf__find_by_name_kind(btf, name.encode(), BTF_KIND_FUNC) > 0)
+    finally:
+        library().btf__free(btf)
+
+
+def pin(fd: int, path: Path) -> None:
+    """Pin a map, program or link in a bpffs."""
+    _call("bpf_obj_pin", fd, bytes(path))
+
+
+def get(path: Path) -> int:
+    """Return a new descriptor of what is pinned at PATH.
+
+    :raises OSError: ENOENT and the like.
+    """
+    return _call("bpf_obj_get", bytes(path))
+
+
+def info(fd: int, kind: type[T]) -> T:
+    """Return what the kernel tells of a map, program or link."""
+    result = kind()
+    _call("bpf_obj_get_info_by_fd", fd, byref(result), byref(c_uint32(ctypes.sizeof(result))))
+    return result
+
+
+def program_of_link(fd: int) -> tuple[ProgramInfo, set[int]]:
+    """Return what the kernel tells of the program that a link attaches, and the ids of the maps it uses."""
+    program = _call("bpf_prog_get_fd_by_id", info(fd, LinkInfo).prog_id)
+    try:
+        ids = (c_uint32 * 64)()
+        result = ProgramInfo(nr_map_ids=len(ids), map_ids=ctypes.addressof(ids))
+        _call("bpf_obj_get_info_by_fd", program, byref(result), byref(c_uint32(ctypes.sizeof(result))))
+        return result, set(ids[: min(result.nr_map_ids, len(ids))])
+    finally:
+        os.close(program)
+
+
+def read(fd: int, kind: type[T]) -> T:
+    """Return the only value of a map that holds one KIND (a section of global data)."""
+    value = kind()
+    _call("bpf_map_lookup_elem", fd, byref(c_uint32(0)), byref(value))
+    return value
+
+
+def write(fd: int, value: ctypes.Structure) -> None:
+    """Write the only value of a map (a section of global data)."""
+    _call("bpf_map_update_elem", fd, byref(c_uint32(0)), byref(value), 0)

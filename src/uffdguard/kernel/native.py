@@ -1,0 +1,98 @@
+"""Mainline's own side: its knob ``vm.unprivileged_userfaultfd``, and the procfs mount by which we reach it.
+
+The knob is read and written through a procfs mount of our own, in a directory only root may enter. Another
+file system may cover the file in /proc; and a covered file there makes the kernel refuse new procfs mounts in
+user namespaces (fs/namespace.c, mnt_already_visible) unless an uncovered procfs exists somewhere: ours.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+from uffdguard.errors import Failure
+
+#: Where the state of this boot is; only root may enter.
+RUN = Path("/run/uffdguard")
+PROC = RUN / "proc"
+KNOB = "sys/vm/unprivileged_userfaultfd"
+BPFFS = Path("/sys/fs/bpf")
+
+DEV_KVM = Path("/dev/kvm")
+DEV_USERFAULTFD = Path("/dev/userfaultfd")
+
+MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
+BPF_FS_MAGIC = 0xCAFE4A11  # include/uapi/linux/magic.h
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
+
+
+def mount(kind: str, where: Path) -> None:
+    """Mount a pseudo file system, mount(2).
+
+    :raises OSError: with the kernel's errno.
+    """
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    if _libc().mount(kind.encode(), bytes(where), kind.encode(), flags, None):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(where))
+
+
+def unmount(where: Path) -> None:
+    """Unmount what is mounted there, lazily if it is busy, umount2(2); nothing there is no error."""
+    mnt_detach, umount_nofollow = 2, 8
+    while where.is_mount():
+        if _libc().umount2(bytes(where), mnt_detach | umount_nofollow):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(where))
+
+
+def is_bpffs(where: Path) -> bool:
+    """Tell whether a bpffs is mounted there, statfs(2)."""
+    buffer = ctypes.create_string_buffer(256)  # struct statfs: f_type is the first word
+    return not _libc().statfs(bytes(where), buffer) and ctypes.c_long.from_buffer(buffer).value == BPF_FS_MAGIC
+
+
+def read_knob() -> int:
+    """Return the native knob's value, 0 or 1.
+
+    :raises Failure: this kernel has no such knob (before 5.2, or built without userfaultfd).
+    """
+    # Without our mount nothing of ours is in force, and nothing of ours can cover the file in /proc.
+    root = PROC if (PROC / KNOB).exists() else Path("/proc")
+    try:
+        return int((root / KNOB).read_text())
+    except (OSError, ValueError) as error:
+        raise Failure(
+            f"cannot read vm.unprivileged_userfaultfd: {error}", "the kernel must be built with CONFIG_USERFAULTFD"
+        ) from error
+
+
+def write_knob(value: int) -> None:
+    """Set the native knob, through our own procfs mount.
+
+    :raises OSError: the mount is not there, or the kernel refused.
+    """
+    (PROC / KNOB).write_text(f"{value}\n")
+
+
+def drop_capabilities() -> None:
+    """Give up all capabilities of this process, capset(2): setuid(2) alone leaves them under some securebits."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    if _libc().capset(header, (ctypes.c_uint32 * 6)()):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def has_kvm() -> bool:
+    """Tell whether this kernel has KVM, built in or as a module, loaded or not."""
+    if Path("/sys/module/kvm").exists():
+        return True
+    modules = Path("/lib/modules", os.uname().release)
+    for name in ("modules.dep", "modules.builtin"):
+        try:
+            if b"/kvm.ko" in (modules / name).read_bytes():
+                return True
+        except OSError:
+            continue
+    return False

@@ -1,0 +1,77 @@
+"""What is decided: the modes, the options, and the decision table. Pure data, no I/O.
+
+:func:`decide` is the reference model; ``decide`` in ``kernel/guard.bpf.c`` is its twin in the kernel, and the
+tests hold the two against each other on live kernels. To add a way to be allowed, add one row to both.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Mode(StrEnum):
+    """Who may create a userfaultfd without privilege. The order is that of the interface file."""
+
+    DISABLED = "disabled"
+    ENABLED = "enabled"
+    KVM = "kvm"
+
+
+class Reason(StrEnum):
+    """Why a decision fell as it did: the row of the table that took it. The order is that of guard.bpf.c."""
+
+    CAPABILITY = "capability"
+    ENABLED = "enabled"
+    USER_MODE_ONLY = "user-mode-only"
+    KVM = "kvm"
+    DISABLED = "disabled"
+    NO_KVM = "no-kvm"
+
+    @property
+    def allowed(self) -> bool:
+        """Whether this reason allows."""
+        return self not in (Reason.DISABLED, Reason.NO_KVM)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The mode and the options in force, always written and read as one."""
+
+    mode: Mode = Mode.DISABLED
+    #: Whether UFFD_USER_MODE_ONLY suffices in every mode (``user-mode-only = "allow"``).
+    user_mode_only: bool = False
+
+
+@dataclass(frozen=True)
+class Request:
+    """A creation of a userfaultfd, as the kernel sees it: what the caller is and what it asks for."""
+
+    #: CAP_SYS_PTRACE is effective, and the caller's user namespace is the initial one.
+    capability: bool = False
+    #: The flags ask for UFFD_USER_MODE_ONLY, read where the calling ABI puts them.
+    user_mode_only: bool = False
+    #: The caller's address space has opened /dev/kvm since its exec.
+    kvm: bool = False
+
+
+def decide(policy: Policy, request: Request) -> Reason:
+    """Return the reason of the verdict on REQUEST under POLICY; its ``allowed`` is the verdict.
+
+    A refusal is EPERM to the caller. A fork event that hands on an existing userfaultfd is no creation and is
+    never asked about.
+    """
+    if request.capability:
+        return Reason.CAPABILITY
+    if policy.mode is Mode.ENABLED:
+        return Reason.ENABLED
+    if policy.user_mode_only and request.user_mode_only:
+        return Reason.USER_MODE_ONLY
+    if policy.mode is Mode.KVM:
+        return Reason.KVM if request.kvm else Reason.NO_KVM
+    return Reason.DISABLED
+
+
+def interface_line(mode: Mode, words: tuple[Mode, ...]) -> str:
+    """Return the line of the interface file: the WORDS that exist, MODE in brackets, e.g. ``[disabled] enabled kvm``."""
+    return " ".join(f"[{word}]" if word is mode else word for word in words)
