@@ -70,7 +70,7 @@ def read(path: Path) -> File:
 
 def _key_and_reason(message: str) -> tuple[str, str]:
     """Take msgspec's message apart, and say which words there are."""
-    words = {"mode": list(Mode), "user-mode-only": ["deny", "allow"]}
+    words: dict[str, list[str]] = {"mode": [*Mode], "user-mode-only": ["deny", "allow"]}
     if unknown := re.search(r"unknown field `(.*?)`", message):
         return unknown[1], f"no such key; there are {' and '.join(words)}"
     key = message.rsplit("$.", 1)[-1].rstrip("`")

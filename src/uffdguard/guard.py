@@ -19,7 +19,6 @@ import logging
 import os
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uffdguard.errors import Failure
@@ -28,6 +27,7 @@ from uffdguard.policy import Mode, Policy, Reason, Request, decide
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 log = logging.getLogger("uffdguard")
 
@@ -316,15 +316,16 @@ def _replace(found: Pinned, wanted: Policy, held: contextlib.ExitStack, undo: co
             held.callback(os.close, fds[name])
     except OSError as error:
         raise Failure(f"cannot attach the policy: {error}", "see uffdguard doctor") from error
-    _change(fds, wanted, undo, pin=True)
+    _change(fds, wanted, undo, pin_over=found)
     step("record the object")
     undo.callback(LOADED.unlink, missing_ok=True)
     _write(LOADED, _object_hash())
 
 
-def _change(fds: dict[str, int], wanted: Policy, undo: contextlib.ExitStack, *, pin: bool = False) -> None:
+def _change(fds: dict[str, int], wanted: Policy, undo: contextlib.ExitStack, *, pin_over: Pinned | None = None) -> None:
     """Set the policy of attached programs, see it answer, and only then let the native knob follow.
 
+    :param pin_over: pin FDS in the place of these before the native knob is touched.
     On the way out after a failure the older policy stands again, and the native knob is no laxer than before.
     """
     expected = decide(wanted, Asker.REQUEST)
@@ -338,10 +339,10 @@ def _change(fds: dict[str, int], wanted: Policy, undo: contextlib.ExitStack, *, 
             undo.callback(libbpf.write, fds["policy"], before)
             step("ask")
             asker.ask(fds["witness"], expected)
-            if pin:
+            if pin_over:
                 for part in PARTS:
                     step(f"pin {part}")
-                    _pin(part, fds[part], undo)
+                    _pin(part, fds[part], pin_over.fds.get(part), undo)
             value = native.read_knob()
             if value != native_value(wanted.mode):
                 step("set the native knob")
@@ -355,18 +356,15 @@ def _change(fds: dict[str, int], wanted: Policy, undo: contextlib.ExitStack, *, 
         raise Failure(f"cannot put the policy in force: {error}", "see uffdguard doctor") from error
 
 
-def _pin(part: str, fd: int, undo: contextlib.ExitStack) -> None:
-    """Pin FD as PART in one move, so that at every instant the older or the newer is pinned."""
+def _pin(part: str, fd: int, older: int | None, undo: contextlib.ExitStack) -> None:
+    """Pin FD as PART in one move, so that at every instant the OLDER or the newer is pinned."""
     PINS.mkdir(mode=0o700, exist_ok=True)
     undo.callback(_remove_if_empty, PINS)
     fresh, place = PINS / f"new-{part}", PINS / part
     fresh.unlink(missing_ok=True)
-    try:
-        older = libbpf.get(place)
-    except OSError:
+    if older is None:
         undo.callback(place.unlink, missing_ok=True)
     else:
-        undo.callback(os.close, older)
         undo.callback(fresh.rename, place)
         undo.callback(libbpf.pin, older, fresh)
     libbpf.pin(fd, fresh)

@@ -73,5 +73,5 @@ def decide(policy: Policy, request: Request) -> Reason:
 
 
 def interface_line(mode: Mode, words: tuple[Mode, ...]) -> str:
-    """Return the line of the interface file: the WORDS that exist, MODE in brackets, e.g. ``[disabled] enabled kvm``."""
+    """Return the interface file's line: the WORDS that exist, MODE in brackets, e.g. ``[disabled] enabled kvm``."""
     return " ".join(f"[{word}]" if word is mode else word for word in words)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 OBJECT = Path(__file__).with_name("guard.bpf.o")
+SECURITYFS = Path("/sys/kernel/security")
 HOOK = "inode_init_security_anon"
 #: The oldest kernel that is tried; the hook is there since 5.12, /dev/userfaultfd since 6.1.
 OLDEST = (6, 1)
@@ -78,9 +79,7 @@ def _namespaces() -> Row:
 def _machine() -> Row:
     machine = os.uname().machine
     if machine != "x86_64":
-        return Row(
-            "machine", "missing", machine, "only x86-64 gives each address space an id that is never used again"
-        )
+        return Row("machine", "missing", machine, "only x86-64 gives each address space an id that is never used again")
     return Row("machine", "ok", machine)
 
 
@@ -118,13 +117,13 @@ def _hook() -> Row:
 
 def _lsm() -> Row:
     try:
-        modules = Path("/sys/kernel/security/lsm").read_text().strip()
+        modules = (SECURITYFS / "lsm").read_text().strip()
     except OSError:
         return Row(
             "LSM list",
             "warning",
             "cannot tell: securityfs is not mounted",
-            "mount -t securityfs securityfs /sys/kernel/security",
+            f"mount -t securityfs securityfs {SECURITYFS}",
         )
     if "bpf" not in modules.split(","):
         return Row("LSM list", "missing", f"no bpf in {modules}", f"boot with lsm={modules},bpf")
@@ -133,7 +132,7 @@ def _lsm() -> Row:
 
 def _lockdown() -> Row:
     try:
-        text = Path("/sys/kernel/security/lockdown").read_text()
+        text = (SECURITYFS / "lockdown").read_text()
     except OSError:
         return Row("lockdown", "ok", "none")
     level = text.split("[")[1].split("]")[0] if "[" in text else text.strip()
@@ -147,7 +146,9 @@ def _bpffs() -> Row:
         return Row("bpffs", "ok", str(native.BPFFS))
     if native.BPFFS.is_dir():
         return Row("bpffs", "ok", f"not mounted on {native.BPFFS}; start does it")
-    return Row("bpffs", "missing", f"{native.BPFFS} is not there", "mount sysfs on /sys; a kernel without bpffs won't do")
+    return Row(
+        "bpffs", "missing", f"{native.BPFFS} is not there", "mount sysfs on /sys; a kernel without bpffs won't do"
+    )
 
 
 def _proc() -> Row:
@@ -173,7 +174,9 @@ def _device_kvm() -> Row:
     if not native.has_kvm():
         return Row("KVM", "warning", "this kernel has none", "mode kvm does not exist here; disabled and enabled do")
     if not _is_device(native.DEV_KVM):
-        return Row("KVM", "warning", f"{native.DEV_KVM} is not there", "load kvm_intel or kvm_amd for mode kvm to matter")
+        return Row(
+            "KVM", "warning", f"{native.DEV_KVM} is not there", "load kvm_intel or kvm_amd for mode kvm to matter"
+        )
     mode = native.DEV_KVM.stat().st_mode
     if mode & stat.S_IROTH or mode & stat.S_IWOTH:
         return Row(

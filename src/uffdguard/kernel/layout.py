@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_int32, c_uint8, c_uint32, c_uint64
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from uffdguard.errors import Failure
 from uffdguard.policy import Mode, Policy, Reason
@@ -56,9 +56,10 @@ def map_name(name: str) -> str:
     return f".data.{name}" if name in VALUES else name
 
 
-def _bits(field: ctypes._CField[object, object, object]) -> int:
+def _bits(field: Any) -> int:
     """Return a member's offset in bits; ctypes keeps a bit-field's in the low half of its size."""
-    return field.offset * 8 + (field.size & 0xFFFF if field.size >> 16 else 0)
+    offset: int = field.offset * 8 + (field.size & 0xFFFF if field.size >> 16 else 0)
+    return offset
 
 
 def check(obj: Object) -> None:

@@ -63,19 +63,22 @@ class _BtfType(ctypes.Structure):
     _fields_ = (("name_off", c_uint32), ("info", c_uint32), ("size_or_type", c_uint32))
 
 
+NAME = "libbpf.so.1"
+
 #: libbpf's own messages since the library was loaded, warnings only; the last ones explain a failure.
 messages: list[str] = []
 
-_VPRINT = ctypes.CFUNCTYPE(c_int, c_int, c_char_p, c_void_p)
 
-
-@_VPRINT
 def _collect(level: int, form: bytes, arguments: int) -> int:
     text = ctypes.create_string_buffer(1 << 16)
     ctypes.CDLL(None).vsnprintf(text, c_size_t(len(text)), form, c_void_p(arguments))
     if level == 0:
         messages.append(text.value.decode(errors="replace").rstrip())
     return 0
+
+
+#: A reference that lasts as long as libbpf may call it.
+_PRINT = ctypes.CFUNCTYPE(c_int, c_int, c_char_p, c_void_p)(_collect)
 
 
 @functools.cache
@@ -85,10 +88,10 @@ def library() -> ctypes.CDLL:
     :raises Failure: the library is missing.
     """
     try:
-        lib = ctypes.CDLL("libbpf.so.1", use_errno=True)
+        lib = ctypes.CDLL(NAME, use_errno=True)
     except OSError:
         raise Failure(
-            "libbpf.so.1 is missing: it loads the policy into the kernel",
+            f"{NAME} is missing: it loads the policy into the kernel",
             "install libbpf 1.0 or newer (Debian: apt install libbpf1)",
         ) from None
     pointers: dict[str, list[Any]] = {
@@ -120,7 +123,6 @@ def library() -> ctypes.CDLL:
         "bpf_iter_create": [c_int],
         "bpf_map_lookup_elem": [c_int, c_void_p, c_void_p],
         "bpf_map_update_elem": [c_int, c_void_p, c_void_p, c_uint64],
-        "bpf_map_get_next_key": [c_int, c_void_p, c_void_p],
         "btf__find_by_name_kind": [c_void_p, c_char_p, c_uint32],
     }
     for name, arguments in pointers.items():
@@ -133,7 +135,7 @@ def library() -> ctypes.CDLL:
     lib.btf__name_by_offset.restype = c_char_p
     lib.bpf_object__close.argtypes = lib.btf__free.argtypes = [c_void_p]
     lib.bpf_object__close.restype = lib.btf__free.restype = None
-    lib.libbpf_set_print(_collect)
+    lib.libbpf_set_print(_PRINT)
     return lib
 
 
