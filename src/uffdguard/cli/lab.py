@@ -1,0 +1,143 @@
+"""``uffdguard lab``."""
+
+from __future__ import annotations
+
+import re
+import sys
+
+import click
+
+#: Where the context has the words after ``--``.
+COMMAND = "uffdguard.cli.lab.command"
+
+
+class Lab(click.Group):
+    """A group whose words after ``--`` are a COMMAND, whatever they are."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Set the COMMAND aside before click looks at the words."""
+        words: list[str] = []
+        if "--" in args:
+            where = args.index("--")
+            args, words = args[:where], args[where + 1 :]
+        ctx.meta[COMMAND] = tuple(words)
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Return the subcommand, or say where a COMMAND goes."""
+        if args[0] not in self.commands:
+            raise click.UsageError(f"COMMAND goes after --, as in: -- {' '.join(args)}", ctx)
+        if ctx.meta[COMMAND]:
+            raise click.UsageError(f"{args[0]} takes no COMMAND; a COMMAND of that name goes after --", ctx)
+        return super().resolve_command(ctx, args)
+
+
+def size(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """Return VALUE if it is a SIZE as QEMU takes it."""
+    if not re.fullmatch(r"[1-9]\d*[MG]", value):
+        raise click.BadParameter(f"{value!r} is no SIZE such as 512M or 2G", ctx, param)
+    return value
+
+
+@click.group("lab", cls=Lab, invoke_without_command=True, subcommand_metavar="[-- COMMAND...] | kernels [--json]")
+@click.option(
+    "--kernel",
+    metavar="LINE",
+    default="6.12",
+    show_default=True,
+    help="Kernel line: 6.1, 6.12, 6.18, 7.x by its number, oldest or newest.",
+)
+@click.option("--cpus", metavar="N", type=click.IntRange(1), help="CPUs of the VM; 2 by default.")
+@click.option(
+    "--memory",
+    metavar="SIZE",
+    default="1G",
+    show_default=True,
+    callback=size,
+    help="Memory of the VM, in M or G.",
+)
+@click.option(
+    "--count-instructions",
+    is_flag=True,
+    help="Let the VM's clock advance by a nanosecond an instruction: what it measures does not depend on the "
+    "load of this machine. With one CPU.",
+)
+@click.option(
+    "--timeout",
+    metavar="SECONDS",
+    type=click.FloatRange(0, min_open=True),
+    help="End the VM after this time, boot included, and exit with 124.",
+)
+@click.pass_context
+def command(
+    ctx: click.Context,
+    kernel: str,
+    cpus: int | None,
+    memory: str,
+    count_instructions: bool,
+    timeout: float | None,
+) -> None:
+    """Run COMMAND as root on a stock Debian kernel, in a micro-VM on this machine's root file system.
+
+    The VM is emulated by QEMU, with SVM: it has a real /dev/kvm and needs none here, nor root. Without
+    COMMAND it runs a shell on the terminal; Ctrl-A X ends the VM.
+
+    COMMAND runs in the current directory, with standard input from /dev/null. Of the environment it has PATH,
+    with /usr/sbin and /sbin added; HOME, LANG and TERM are set. Its standard output, standard error and exit
+    status are those of the lab.
+
+    In the VM the root file system is read-only. /etc, /home, /opt, /srv, /tmp, /usr, /var and /run can be
+    written; what is written is gone with the VM. Everybody may enter the directories that lead to the current
+    directory and to this Python, in the VM only.
+
+    Kernel messages go to a log. Its lines are shown, and it is kept, when the VM ended before COMMAND did
+    (exit status 1), when COMMAND was not done in time (124), and when the kernel reported a bug.
+
+    The first time that a line is asked for, its highest kernel is fetched from the Debian archive that apt is
+    configured for; apt checks the signatures. It is kept in kernels/LINE/RELEASE below
+    $XDG_CACHE_HOME/uffdguard (~/.cache/uffdguard) and used from then on without the network; remove it there
+    to fetch anew. Nothing is installed on this machine.
+    """
+    if ctx.invoked_subcommand:
+        return
+    words = ctx.meta[COMMAND]
+    if count_instructions and cpus not in (None, 1):
+        raise click.UsageError("--count-instructions takes one CPU", ctx)
+    if not words and not sys.stdin.isatty():
+        raise click.UsageError("a shell needs a terminal; give a COMMAND after --", ctx)
+
+    import signal
+
+    from uffdguard.lab import kernels, vm
+
+    # Ends by exception, as SIGINT does: what a context manager began is undone.
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    status = vm.run(
+        kernels.get(kernel),
+        words,
+        cpus=cpus or (1 if count_instructions else 2),
+        memory=memory,
+        count_instructions=count_instructions,
+        timeout=timeout,
+    )
+    ctx.exit(status)
+
+
+@command.command("kernels")
+@click.option("--json", "json", is_flag=True, help="Print JSON.")
+def kernels(json: bool) -> None:
+    """List the kernel lines and what is cached.
+
+    Oldest line first, with the release that is in the cache. Does not use the network.
+    """
+    from uffdguard.cli import render
+    from uffdguard.lab import kernels
+
+    rows = list(kernels.table())
+    if json:
+        render.as_json([{"line": name, "cached": release} for name, release in rows])
+    else:
+        render.columns([(name, release or "not cached") for name, release in rows])

@@ -1,0 +1,288 @@
+"""The kernels of the lab: which lines there are, which are cached, fetching one from the Debian archive."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uffdguard.errors import Failure
+from uffdguard.lab.processes import need, output, process_group, reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+
+@dataclass(frozen=True)
+class Line:
+    """A kernel line and the suites of the Debian archive that carry it."""
+
+    name: str
+    suites: tuple[str, ...]
+
+
+#: Oldest first. The last is whatever is newest: its number is known from the archive only.
+LINES = (
+    Line("6.1", ("bookworm", "bookworm-security")),
+    Line("6.12", ("trixie", "trixie-security", "bookworm-security")),
+    Line("6.18", ("trixie-backports",)),
+    Line("7.x", ("trixie-backports",)),
+)
+OLDEST, *_, NEWEST = LINES
+
+#: The package of the image, without the flavours (cloud, rt), the unsigned and the debugging ones.
+IMAGE = re.compile(r"linux-(?:image|binary)-(\d+\.\d+\.\d+(?:\+[a-z]+[\d.]+|-\d+)?-amd64)")
+
+KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
+
+#: Read after the machine's own configuration, which may name a proxy. Its hooks are not for us: some delete
+#: the machine's downloaded packages.
+APT_CONF = """\
+Dir::State::lists "{directory}/lists";
+Dir::Cache "{directory}/cache";
+APT::Sandbox::User "root";
+APT::Update::Error-Mode "any";
+#clear APT::Update::Pre-Invoke;
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+"""
+NOT_THE_MACHINES = ("Dir::Etc::sourceparts", "Dir::Etc::preferences", "Dir::Etc::preferencesparts")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A kernel in the cache: its release as ``uname -r`` prints it, and the directory it is unpacked in."""
+
+    release: str
+    directory: Path
+
+    @property
+    def image(self) -> Path:
+        """The bzImage; ``lib/modules/RELEASE`` of the same directory has the modules."""
+        image = self.directory / "boot" / f"vmlinuz-{self.release}"
+        return image if image.exists() else self.directory / "lib/modules" / self.release / "vmlinuz"
+
+
+def cache() -> Path:
+    """Return the directory of everything that is fetched; a user may remove any of it."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "uffdguard").absolute()
+
+
+def version(release: str) -> tuple[int, ...]:
+    """Return the numbers in RELEASE, to compare by."""
+    return tuple(map(int, re.findall(r"\d+", release.removesuffix("-amd64"))))
+
+
+def line_name(release: str) -> str:
+    """Return the name of the line that RELEASE belongs to."""
+    return "{}.{}".format(*version(release))
+
+
+def belongs(release: str, line: Line) -> bool:
+    """Whether RELEASE is one of LINE."""
+    return version(release) >= (7,) if line == NEWEST else line_name(release) == line.name
+
+
+def find_line(word: str) -> Line:
+    """Return the line that WORD names: ``6.12``, ``7.3``, ``oldest``, ``newest``.
+
+    Raises:
+        Failure: There is no such line.
+    """
+    words = {line.name: line for line in LINES} | {"oldest": OLDEST, "newest": NEWEST}
+    if word in words:
+        return words[word]
+    if re.fullmatch(r"\d+\.\d+", word) and belongs(word, NEWEST):
+        return Line(word, NEWEST.suites)
+    raise Failure(f"lab: there is no kernel line {word!r}", "see `uffdguard lab kernels`")
+
+
+def cached(line: Line) -> Kernel | None:
+    """Return the highest kernel of LINE in the cache, or None."""
+    paths = (path for path in cache().glob("kernels/*/*-amd64") if belongs(path.name, line))
+    path = max(paths, key=lambda path: version(path.name), default=None)
+    return Kernel(path.name, path) if path else None
+
+
+def table() -> Iterator[tuple[str, str | None]]:
+    """Give each line's name and the release that is cached, or None. Uses no network."""
+    for line in LINES:
+        kernel = cached(line)
+        name = line_name(kernel.release) if kernel else line.name
+        if line == NEWEST and not kernel:
+            # Lists that are already here tell its number.
+            with contextlib.suppress(Failure):
+                name = line_name(choose(Apt(line.suites).names(), line)[0])
+        yield name, kernel.release if kernel else None
+
+
+def get(word: str) -> Kernel:
+    """Return the cached kernel of the line that WORD names; without one, fetch the highest there is.
+
+    Raises:
+        Failure: The machine is not x86-64, there is no such line, or it could not be fetched.
+    """
+    if platform.machine() != "x86_64":
+        raise Failure(f"lab: the machine must be x86-64, this one is {platform.machine()}")
+    line = find_line(word)
+    return cached(line) or fetch(line)
+
+
+def fetch(line: Line) -> Kernel:
+    """Fetch the highest kernel of LINE from the machine's Debian archive into the cache.
+
+    Raises:
+        Failure: A tool or an archive is missing, a signature or a download is bad.
+    """
+    dpkg_deb, depmod = need("dpkg-deb", "dpkg"), need("depmod", "kmod")
+    apt = Apt(line.suites)
+    with (apt.directory / "lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Another lab may have fetched it while this one waited for the lock.
+        if kernel := cached(line):
+            return kernel
+        apt.update()
+        release, packages = choose(apt.names(), line)
+        partial = apt.directory / "partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            (partial / "root").mkdir(parents=True)
+            apt.download(packages, partial, f"Linux {release.removesuffix('-amd64')}")
+            for package in partial.glob("*.deb"):
+                output([dpkg_deb, "-x", package, partial / "root"])
+            # Builds of kmod differ in whether they look below /lib or below /usr/lib.
+            if (partial / "root/lib").exists():
+                (partial / "root/usr/lib").symlink_to("../lib")
+            else:
+                (partial / "root/lib").symlink_to("usr/lib")
+            output([depmod, "-b", partial / "root", release])
+            kernel = Kernel(release, cache() / "kernels" / line_name(release) / release)
+            kernel.directory.parent.mkdir(parents=True, exist_ok=True)
+            (partial / "root").rename(kernel.directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return kernel
+
+
+def choose(names: Iterable[str], line: Line) -> tuple[str, list[str]]:
+    """Return the highest release of LINE that NAMES of packages offer, and the packages it consists of.
+
+    Raises:
+        Failure: There is none.
+    """
+    releases = [match[1] for match in map(IMAGE.fullmatch, names) if match and belongs(match[1], line)]
+    if not releases:
+        raise Failure(f"lab: the Debian archive has no Linux {line.name} in {', '.join(line.suites)}")
+    release = max(releases, key=version)
+    kinds = ("binary", "modules") if version(release) >= (6, 19) else ("image",)
+    return release, [f"linux-{kind}-{release}" for kind in kinds]
+
+
+def archives(targets: str) -> dict[str, str]:
+    """Return label -> URI of the Debian archives among TARGETS (``URI|ORIGIN|LABEL`` a line)."""
+    found: dict[str, str] = {}
+    for uri, origin, label in (row.split("|") for row in targets.splitlines()):
+        if origin == "Debian" and not uri.startswith("cdrom:"):
+            found.setdefault(label, uri)
+    return found
+
+
+def sources(uris: dict[str, str], suites: Iterable[str]) -> str:
+    """Return the sources.list of SUITES; without the security ones when the machine has no URI for them."""
+    labelled = {suite: "Debian-Security" if suite.endswith("-security") else "Debian" for suite in suites}
+    options = f"[arch=amd64 signed-by={KEYRING} target=Packages]"
+    return "".join(f"deb {options} {uris[b]} {a} main\n" for a, b in labelled.items() if b in uris)
+
+
+class Apt:
+    """apt with directories of its own in the cache: it needs no root and changes nothing of the machine."""
+
+    def __init__(self, suites: tuple[str, ...]) -> None:
+        self.suites = suites
+        self.directory = cache() / "apt" / "+".join(suites)
+        for name in ("lists/partial", "cache/archives/partial"):
+            (self.directory / name).mkdir(parents=True, exist_ok=True)
+        conf = self.directory / "apt.conf"
+        conf.write_text(APT_CONF.format(directory=self.directory))
+        self.get = need("apt-get", "apt")
+        self.private = ["-c", str(conf)]
+        settings = [f"Dir::Etc::sourcelist={self.directory}/sources.list"]
+        settings += [f"{name}=/dev/null" for name in NOT_THE_MACHINES]
+        self.suites_only = self.private + [word for setting in settings for word in ("-o", setting)]
+
+    def uris(self) -> dict[str, str]:
+        """Return label -> URI of the Debian archives that the machine uses.
+
+        Raises:
+            Failure: There is none.
+        """
+        ask = ["indextargets", "--format", "$(REPO_URI)|$(ORIGIN)|$(LABEL)", "Created-By: Packages"]
+        uris = archives(output([self.get, *ask]))
+        if "Debian" not in uris:
+            # Whose archive a URI is stands in the lists, and a machine that never updated has none.
+            with contextlib.suppress(Failure):
+                output([self.get, *self.private, "update"])
+            uris = archives(output([self.get, *self.private, *ask]))
+        if "Debian" not in uris:
+            raise Failure("lab: apt has no Debian archive on this machine", "see sources.list(5)")
+        return uris
+
+    def update(self) -> None:
+        """Get the package lists of the suites, signatures checked.
+
+        Raises:
+            Failure: apt could not, or a signature is bad.
+        """
+        if not KEYRING.exists():
+            raise Failure(f"lab: there is no {KEYRING}", "run `apt-get install debian-archive-keyring`")
+        (self.directory / "sources.list").write_text(sources(self.uris(), self.suites))
+        output([self.get, *self.suites_only, "update"])
+
+    def names(self) -> list[str]:
+        """Return the names of the kernel packages in the lists."""
+        search = ["search", "--names-only", "^linux-(image|binary)-[0-9]"]
+        rows = output([need("apt-cache", "apt"), *self.suites_only, *search]).splitlines()
+        return [row.split()[0] for row in rows]
+
+    def download(self, packages: Sequence[str], directory: Path, what: str) -> None:
+        """Download PACKAGES into DIRECTORY and show progress.
+
+        Raises:
+            Failure: apt could not.
+        """
+        argv = [self.get, *self.suites_only, "-q", "-o", "APT::Status-Fd=1", "download", *packages]
+        with (
+            (directory / "stderr").open("w+b") as stderr,
+            progress(f"fetching {what}") as show,
+            process_group(argv, cwd=directory, stdout=subprocess.PIPE, stderr=stderr) as apt,
+        ):
+            assert apt.stdout
+            for row in apt.stdout:
+                if row.startswith(b"dlstatus:"):
+                    show(float(row.split(b":")[2]))
+            if apt.wait():
+                stderr.seek(0)
+                raise Failure(f"lab: {what} could not be fetched: {reason(stderr.read())}")
+
+
+@contextlib.contextmanager
+def progress(what: str) -> Iterator[Callable[[float], None]]:
+    """Give a function that shows how many percent of WHAT are done: a bar on a terminal, else one line."""
+    if not sys.stderr.isatty():
+        print(f"{what} ...", file=sys.stderr, flush=True)
+        yield lambda percent: None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(what, total=100)
+        yield lambda percent: bar.update(task, completed=percent)

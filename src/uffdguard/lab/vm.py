@@ -1,0 +1,224 @@
+"""The micro-VM of the lab: boot a kernel on this machine's root file system and run one command in it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from uffdguard.errors import Failure
+from uffdguard.lab.processes import PATH, need, process_group
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from uffdguard.lab.kernels import Kernel
+
+#: Directories that can be written in the guest; what is written is gone with it.
+OVERLAID = ("/etc", "/lib", "/home", "/opt", "/srv", "/usr", "/var", "/tmp")
+
+#: Where the guest has the directory that it shares with the host.
+SHARED = "/run/lab"
+
+TROUBLE = re.compile(rb"BUG: |Oops: |Kernel panic|Call Trace:")
+TAIL = 40
+TIMED_OUT = 124
+
+PREPARE = """\
+#!/bin/sh
+modprobe kvm_amd
+mount -t bpf bpf /sys/fs/bpf
+{opened}cd {cwd} || exit
+"""
+
+#: COMMAND's output is a pipe, not a file: whoever opens /dev/stdout would truncate a file. A process that
+#: COMMAND leaves behind may hold the pipe open: its end is waited for a moment only.
+RUN = """\
+mkfifo -m 622 /run/lab.out /run/lab.err
+cat /run/lab.out >>{shared}/out & out=$!
+cat /run/lab.err >>{shared}/err & err=$!
+{command} </dev/null >/run/lab.out 2>/run/lab.err
+status=$?
+(sleep 2; kill $out $err) 2>/dev/null &
+wait $out $err
+echo $status >{shared}/status
+"""
+
+SHELL = """\
+{command}
+echo $? >{shared}/status
+"""
+
+
+#: With a thread a CPU, QEMU before 8.1 may run code that the kernel is about to patch, as it does for static keys
+#: and for BPF trampolines: the kernel dies of "Oops: int3".
+ONE_THREAD = ("-accel", "tcg,thread=single")
+
+#: Without the user's .bashrc: what that starts may take longer here than the VM took to boot.
+BASH = ("env", r"PS1=\u@\h:\w\$ ", "bash", "--norc", "-i")
+
+
+def run(
+    kernel: Kernel,
+    command: Sequence[str],
+    *,
+    cpus: int = 2,
+    memory: str = "1G",
+    count_instructions: bool = False,
+    timeout: float | None = None,
+) -> int:
+    """Boot KERNEL, run COMMAND in it as root and return its exit status; an empty COMMAND is a shell.
+
+    What COMMAND prints is printed as it comes. TIMEOUT is in seconds, for boot and COMMAND together; when it
+    is over, 124 is returned. Whatever happens, no process is left behind.
+
+    Raises:
+        Failure: A tool is missing, or the VM ended before COMMAND did.
+    """
+    deadline = time.monotonic() + timeout if timeout else None
+    closed = closed_directories([Path.cwd(), Path(sys.prefix), Path(sys.base_prefix)])
+    options = ["--cpus", str(cpus), "--memory", memory]
+    counted = ["-icount", "shift=0,sleep=off"] if count_instructions else []
+    shared = Path(tempfile.mkdtemp(prefix="uffdguard-lab-"))
+    keep = False
+    try:
+        (shared / "boot").write_bytes(os.fsencode(script(command, Path.cwd(), closed)))
+        (shared / "boot").chmod(0o755)
+        argv = virtme(kernel, shared, overlays(closed), terminal=not command)
+        argv += [*options, "--qemu-opts", "-no-reboot", *ONE_THREAD, *counted]
+        with process_group(
+            argv,
+            terminal=not command,
+            stdout=subprocess.PIPE if command else None,
+            stderr=subprocess.STDOUT if command else subprocess.PIPE,
+            # virtme-run, being killed, leaves its temporary files behind.
+            variables={"TMPDIR": str(shared)},
+        ) as vm:
+            over = follow(vm, shared, deadline)
+        status = exit_status(shared)
+        keep = report(shared, over, status)
+    finally:
+        if not keep:
+            shutil.rmtree(shared, ignore_errors=True)
+    if over:
+        print(f"uffdguard: lab: not done after {timeout:g} s; kernel log: {shared}/log", file=sys.stderr)
+        return TIMED_OUT
+    if status is None:
+        raise Failure("lab: the VM ended before COMMAND did", f"kernel log: {shared}/log")
+    return status
+
+
+def report(shared: Path, over: bool, status: int | None) -> bool:
+    """Show what the kernel log says when it is of interest; return whether it is."""
+    messages = (shared / "log").read_bytes()
+    lines = messages.replace(b"\r", b"").replace(b"\x1b", b"^[").splitlines(keepends=True)
+    trouble = [number for number, line in enumerate(lines) if TROUBLE.search(line)]
+    if over or status is None:
+        lines = lines[-TAIL:]
+    elif trouble:
+        lines = [*lines[trouble[0] :][:TAIL], f"uffdguard: lab: kernel log: {shared}/log\n".encode()]
+    else:
+        return False
+    sys.stderr.buffer.writelines(lines)
+    sys.stderr.flush()
+    return True
+
+
+def closed_directories(paths: Iterable[Path]) -> list[Path]:
+    """Return the directories on the way to PATHS, these included, that others cannot enter; outer first."""
+    ways = {way for path in paths for way in (path.absolute(), path.resolve())}
+    directories = {directory.resolve() for way in ways for directory in (way, *way.parents)}
+    return sorted(directory for directory in directories if not directory.stat().st_mode & stat.S_IXOTH)
+
+
+def overlays(closed: Iterable[Path]) -> list[str]:
+    """Return the directories to overlay in the guest, so that the mode of each CLOSED one can be changed."""
+    chosen = list(OVERLAID)
+    for directory in closed:
+        if not any(directory.is_relative_to(above) for above in chosen):
+            chosen.append(str(directory))
+    return chosen
+
+
+def script(command: Sequence[str], cwd: Path, closed: Sequence[Path]) -> str:
+    """Return the shell script that prepares the guest, runs COMMAND, or a shell, and writes its status."""
+    environment = {
+        "PATH": PATH,
+        "HOME": "/root",
+        "LANG": "C.UTF-8",
+        "TERM": os.environ.get("TERM", "dumb"),
+    }
+    words = ["env", "-i", *(f"{name}={value}" for name, value in environment.items())]
+    # Without the inner shell, env would take a COMMAND with "=" in its name for one more variable.
+    words += ["sh", "-c", 'exec "$@"', "sh", *(command or BASH)]
+    opened = f"chmod a+rx {shlex.join(map(str, closed))}\n" if closed else ""
+    prepare = PREPARE.format(opened=opened, cwd=shlex.quote(str(cwd)))
+    return prepare + (RUN if command else SHELL).format(command=shlex.join(words), shared=SHARED)
+
+
+def virtme(kernel: Kernel, shared: Path, overlaid: Iterable[str], *, terminal: bool) -> list[str]:
+    """Return the command line of virtme-ng: of virtme-run, since vng breaks on blanks in paths.
+
+    Raises:
+        Failure: A tool is missing.
+    """
+    need("qemu-system-x86_64", "qemu-system-x86")
+    need("busybox", "busybox-static")
+    need("modprobe", "kmod")
+    need("file", "file")
+    virtme_run = shutil.which("virtme-run", path=f"{Path(sys.executable).parent}:{PATH}")
+    if virtme_run is None:
+        raise Failure("lab: virtme-ng is not installed", "run `pip install 'uffdguard[lab]'`")
+    argv = [virtme_run, "--kimg", str(kernel.image), "--mods", "auto", "--disable-kvm", "--force-9p"]
+    argv += ["--name", "lab", "--kopt", "panic=-1", "--rwdir", f"{SHARED}={shared}"]
+    argv += [word for directory in overlaid for word in ("--overlay-rwdir", directory)]
+    if terminal:
+        return [*argv, "--shell", f"{SHARED}/boot"]
+    return [*argv, "--show-boot-console", "--verbose", "--script-sh", f"sh {SHARED}/boot"]
+
+
+def follow(vm: subprocess.Popen[bytes], shared: Path, deadline: float | None) -> bool:
+    """Copy COMMAND's output to ours, the VM's to the log, to the end; return whether DEADLINE came first."""
+    console = vm.stdout or vm.stderr
+    assert console
+    os.set_blocking(console.fileno(), False)
+    with (
+        (shared / "out").open("w+b", buffering=0) as out,
+        (shared / "err").open("w+b", buffering=0) as err,
+        (shared / "log").open("wb") as messages,
+    ):
+        while True:
+            # Asked first: what comes before the end is then copied after it.
+            ended = exit_status(shared) is not None or vm.poll() is not None
+            copy(console, messages)
+            copy(out, sys.stdout.buffer)
+            copy(err, sys.stderr.buffer)
+            if ended:
+                return False
+            if deadline and time.monotonic() > deadline:
+                return True
+            time.sleep(0.05)
+
+
+def exit_status(shared: Path) -> int | None:
+    """Return the exit status that the guest wrote, or None when it has not, or not yet all of it."""
+    with contextlib.suppress(FileNotFoundError):
+        text = (shared / "status").read_text()
+        return int(text) if text.endswith("\n") else None
+    return None
+
+
+def copy(source: IO[bytes], target: IO[bytes]) -> None:
+    """Copy to TARGET what SOURCE has now."""
+    while data := source.read(1 << 20):
+        target.write(data)
+        target.flush()

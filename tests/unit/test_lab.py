@@ -1,0 +1,249 @@
+"""The lab, as far as it goes without a VM, root or the network."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from uffdguard import cli
+from uffdguard.errors import Failure
+from uffdguard.lab import kernels, vm
+from uffdguard.lab.processes import output, process_group, reason
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+OFFERED = [
+    "linux-image-6.1.0-9-amd64",
+    "linux-image-6.1.0-50-amd64",
+    "linux-image-6.1.0-50-amd64-unsigned",
+    "linux-image-6.1.0-51-cloud-amd64",
+    "linux-image-6.1.0-51-rt-amd64",
+    "linux-image-6.12-amd64",
+    "linux-image-6.12.90+deb12-amd64",
+    "linux-image-6.12.90+deb12.1-amd64",
+    "linux-image-6.12.95+deb12-amd64-dbg",
+    "linux-image-6.19.14+deb13-amd64",
+    "linux-binary-6.19.14+deb13-amd64",
+    "linux-binary-7.2.12+deb13-amd64",
+    "linux-binary-7.3.4+deb13-amd64",
+    "linux-image-7.3.4+deb13-amd64",
+    "linux-modules-7.3.5+deb13-amd64",
+    "linux-binary-7.3.5+deb13-rt-amd64",
+]
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have an empty cache and no apt."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "need", lambda tool, package: "/bin/false")
+    return tmp_path / "uffdguard"
+
+
+def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        cli.main(["lab", *arguments])
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+@pytest.mark.parametrize(
+    ("word", "release", "packages"),
+    [
+        ("6.1", "6.1.0-50-amd64", ["linux-image-6.1.0-50-amd64"]),
+        ("oldest", "6.1.0-50-amd64", ["linux-image-6.1.0-50-amd64"]),
+        ("6.12", "6.12.90+deb12.1-amd64", ["linux-image-6.12.90+deb12.1-amd64"]),
+        (
+            "7.2",
+            "7.2.12+deb13-amd64",
+            ["linux-binary-7.2.12+deb13-amd64", "linux-modules-7.2.12+deb13-amd64"],
+        ),
+        (
+            "newest",
+            "7.3.4+deb13-amd64",
+            ["linux-binary-7.3.4+deb13-amd64", "linux-modules-7.3.4+deb13-amd64"],
+        ),
+    ],
+)
+def test_the_highest_plain_kernel_of_a_line_is_chosen(word: str, release: str, packages: list[str]) -> None:
+    assert kernels.choose(OFFERED, kernels.find_line(word)) == (release, packages)
+
+
+def test_a_line_that_the_archive_does_not_have_is_told_with_its_suites() -> None:
+    with pytest.raises(Failure, match=r"no Linux 6\.18 in trixie-backports"):
+        kernels.choose(OFFERED, kernels.find_line("6.18"))
+
+
+@pytest.mark.parametrize("word", ["5.10", "6", "6.13", "7", "7.3.4", "7x3", "", "../7.3"])
+def test_a_line_that_there_is_not_is_refused(word: str) -> None:
+    with pytest.raises(Failure, match="no kernel line"):
+        kernels.find_line(word)
+
+
+def test_the_archives_are_told_by_who_signed_for_them() -> None:
+    targets = (
+        "cdrom:[Debian]/|Debian|Debian\n"
+        "https://other.example/linux/debian/|Other|Debian\n"
+        "https://one.example/debian/|Debian|Debian\n"
+        "https://one.example/debian-security/|Debian|Debian-Security\n"
+        "https://two.example/debian/|Debian|Debian\n"
+    )
+    assert kernels.archives(targets) == {
+        "Debian": "https://one.example/debian/",
+        "Debian-Security": "https://one.example/debian-security/",
+    }
+    assert kernels.archives("") == {}
+
+
+def test_each_suite_comes_from_its_archive_and_must_be_signed() -> None:
+    uris = {"Debian": "https://one.example/debian/", "Debian-Security": "https://one.example/security/"}
+    first, second = kernels.sources(uris, kernels.OLDEST.suites).splitlines()
+    assert first.endswith("https://one.example/debian/ bookworm main")
+    assert second.endswith("https://one.example/security/ bookworm-security main")
+    assert f"signed-by={kernels.KEYRING}" in first
+    assert "trusted" not in first + second
+
+
+def test_a_machine_without_a_security_archive_does_without() -> None:
+    rows = kernels.sources({"Debian": "https://one.example/debian/"}, kernels.OLDEST.suites).splitlines()
+    assert [row.split()[-2] for row in rows] == ["bookworm"]
+
+
+def test_a_cached_kernel_is_used_as_it_is(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for release in ("7.3.4+deb13-amd64", "7.10.1+deb13-amd64", "7.3.10+deb13-amd64"):
+        (cache / "kernels" / kernels.line_name(release) / release).mkdir(parents=True)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    assert kernels.get("7.3").release == "7.3.10+deb13-amd64"
+    assert kernels.get("newest").release == "7.10.1+deb13-amd64"
+
+
+def test_another_machine_than_x86_64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    with pytest.raises(Failure, match="must be x86-64"):
+        kernels.get("6.12")
+
+
+def test_the_lines_are_listed_with_what_is_cached(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cache / "kernels/6.12/6.12.90+deb12-amd64").mkdir(parents=True)
+    (cache / "kernels/7.3/7.3.4+deb13-amd64").mkdir(parents=True)
+    status, out, err = run_cli(capsys, "kernels", "--json")
+    assert (status, err) == (0, "")
+    assert json.loads(out) == [
+        {"line": "6.1", "cached": None},
+        {"line": "6.12", "cached": "6.12.90+deb12-amd64"},
+        {"line": "6.18", "cached": None},
+        {"line": "7.3", "cached": "7.3.4+deb13-amd64"},
+    ]
+    assert run_cli(capsys, "kernels")[1].splitlines()[0] == "6.1   not cached"
+
+
+def test_the_newest_line_has_no_number_while_nothing_is_known(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_cli(capsys, "kernels")[1].splitlines()[-1] == "7.x   not cached"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ls", "-l"], "COMMAND goes after --"),
+        ([], "a shell needs a terminal"),
+        (["--"], "a shell needs a terminal"),
+        (["--cpus", "2", "--count-instructions", "--", "true"], "takes one CPU"),
+        (["--cpus", "0", "--", "true"], "--cpus"),
+        (["--memory", "1T", "--", "true"], "no SIZE"),
+        (["--timeout", "0", "--", "true"], "--timeout"),
+        (["kernels", "--", "ls"], "takes no COMMAND"),
+    ],
+)
+def test_wrong_usage_is_told_on_one_line(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
+    status, out, err = run_cli(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert words in err
+    assert err.count("\n") == 1
+
+
+def test_what_stands_after_two_dashes_is_the_command(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[Sequence[str], int]] = []
+
+    def run(kernel: object, command: Sequence[str], *, cpus: int, **options: object) -> int:
+        seen.append((command, cpus))
+        return 7
+
+    monkeypatch.setattr(vm, "run", run)
+    monkeypatch.setattr(kernels, "get", lambda word: word)
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)
+    assert run_cli(capsys, "--", "kernels", "--json")[0] == 7
+    assert run_cli(capsys, "--kernel", "6.1", "--count-instructions", "--", "a", "--", "--cpus")[0] == 7
+    assert seen == [(("kernels", "--json"), 2), (("a", "--", "--cpus"), 1)]
+
+
+def test_the_command_reaches_the_guest_as_it_is(tmp_path: Path) -> None:
+    command = ["printf", "[%s]", "a b", "it's", "$HOME", "", "new\nline", "*", "--", "{x}", "\udcff"]
+    text = vm.script(command, tmp_path, [])
+    line = text[text.index("env -i") : text.index(" </dev/null")]
+    done = subprocess.run(["sh", "-c", line.encode(errors="surrogateescape")], capture_output=True)
+    assert done.stdout == b"[a b][it's][$HOME][][new\nline][*][--][{x}][\xff]"
+
+
+def test_the_script_is_one_that_a_shell_can_read(tmp_path: Path) -> None:
+    for command in (["true"], []):
+        text = vm.script(command, tmp_path / "it's here", [tmp_path / "a b"])
+        subprocess.run(["sh", "-n"], input=text, text=True, check=True)
+
+
+def test_directories_that_others_cannot_enter_are_found_outer_first(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    inner = tmp_path / "home/user/project"
+    inner.mkdir(parents=True)
+    (tmp_path / "home/user").chmod(0o700)
+    inner.chmod(0o750)
+    (tmp_path / "link").symlink_to(inner)
+    below = [path for path in vm.closed_directories([tmp_path / "link"]) if path.is_relative_to(tmp_path)]
+    assert below == [tmp_path / "home/user", inner]
+
+
+def test_only_the_outermost_closed_directory_is_overlaid() -> None:
+    closed = [Path("/home/user"), Path("/root"), Path("/root/.local"), Path("/rooted")]
+    assert vm.overlays(closed) == [*vm.OVERLAID, "/root", "/rooted"]
+
+
+def test_the_exit_status_counts_once_all_of_it_is_there(tmp_path: Path) -> None:
+    assert vm.exit_status(tmp_path) is None
+    for text, status in (("", None), ("1", None), ("12\n", 12), ("0\n", 0)):
+        (tmp_path / "status").write_text(text)
+        assert vm.exit_status(tmp_path) == status
+
+
+def test_a_kernel_bug_is_shown_without_what_would_change_the_terminal(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    (tmp_path / "log").write_bytes(b"before\r\n\x1bc[1.0] BUG: here\r\nafter\r\n")
+    assert vm.report(tmp_path, over=False, status=0)
+    assert capfdbinary.readouterr().err.startswith(b"^[c[1.0] BUG: here\nafter\n")
+    (tmp_path / "log").write_bytes(b"debug: fine\n")
+    assert not vm.report(tmp_path, over=False, status=1)
+
+
+def test_a_tool_that_fails_is_told_in_its_own_words() -> None:
+    assert output(["echo", "fine"]) == "fine\n"
+    with pytest.raises(Failure, match="sh failed: the first"):
+        output(["sh", "-c", "echo W: warning >&2; echo E: the first >&2; echo E: more >&2; exit 100"])
+    assert reason(b"") == "it does not say why"
+
+
+def test_nothing_of_a_process_group_is_left() -> None:
+    script = "(trap '' TERM INT; sleep 60 & echo $!; wait) & wait"
+    with process_group(["sh", "-c", script], stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        child = int(process.stdout.readline())
+        assert Path(f"/proc/{child}").exists()
+    assert not Path(f"/proc/{child}").exists()
