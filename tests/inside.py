@@ -1,0 +1,91 @@
+"""What the tests inside the lab share: the actor, ordinary users, and our commands as a user runs them."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uffdguard import cli
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+#: An ordinary user: no group of /dev/kvm, no capability.
+USER = 1000
+
+ACTOR = Path("/run/actor")
+
+
+def actor(*steps: str, user: int = USER, pass_fds: tuple[int, ...] = ()) -> list[str]:
+    """Let the actor do STEPS as USER (0: root with all capabilities); return its lines."""
+    done = subprocess.run(
+        [ACTOR, *steps], user=user, group=user, extra_groups=[], pass_fds=pass_fds, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.split("\n")[:-1]
+
+
+@contextlib.contextmanager
+def waiting_actor(*steps: str, user: int = USER) -> Iterator[Callable[[], list[str]]]:
+    """Start an actor and return once it waits; the function given lets it go on and returns all its lines."""
+    with subprocess.Popen(
+        [ACTOR, *steps],
+        user=user,
+        group=user,
+        extra_groups=[],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        wchan = Path(f"/proc/{process.pid}/wchan")
+        while "pipe" not in wchan.read_text():
+            assert process.poll() is None
+
+        def go_on() -> list[str]:
+            return process.communicate("\n", timeout=60)[0].split("\n")[:-1]
+
+        yield go_on
+        process.kill()
+
+
+@dataclass
+class Outcome:
+    """How a command of ours ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def uffdguard(*arguments: str, user: int = 0) -> Outcome:
+    """Run one of our commands in a process of its own, forked: to start Python anew takes seconds here."""
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        pid = os.fork()
+        if pid == 0:
+            status = 70
+            try:
+                os.dup2(out.fileno(), 1)
+                os.dup2(err.fileno(), 2)
+                sys.stdout = io.TextIOWrapper(os.fdopen(1, "wb", closefd=False), write_through=True)
+                sys.stderr = io.TextIOWrapper(os.fdopen(2, "wb", closefd=False), write_through=True)
+                if user:
+                    os.setgroups([])
+                    os.setresgid(user, user, user)
+                    os.setresuid(user, user, user)
+                cli.main(list(arguments))
+            except SystemExit as end:
+                status = end.code if isinstance(end.code, int) else 0
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        _, ended = os.waitpid(pid, 0)
+        out.seek(0)
+        err.seek(0)
+        return Outcome(os.waitstatus_to_exitcode(ended), out.read(), err.read())

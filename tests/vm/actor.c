@@ -1,0 +1,360 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * A process that does what its arguments say, in order, and prints what each question was answered: one line
+ * each, "allowed" or the errno's name. A step such as `fork` lets the rest of the arguments happen in the new
+ * process, thread or program, and waits for it.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/capability.h>
+#include <linux/userfaultfd.h>
+#include <poll.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/timerfd.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#ifndef UFFD_USER_MODE_ONLY
+#define UFFD_USER_MODE_ONLY 1
+#endif
+#ifndef USERFAULTFD_IOC_NEW
+#define USERFAULTFD_IOC_NEW 0xaa00
+#endif
+
+static int opened = -1; /* what the last open gave */
+static char **older_steps; /* what the older thread shall do */
+static pthread_barrier_t handover;
+
+static void run(char **steps);
+
+static void fail(const char *what)
+{
+	dprintf(2, "actor: %s: %s\n", what, strerror(errno));
+	_exit(99);
+}
+
+/* Print an answer by write(2): the relatives of a CLONE_VM share stdio's buffers. */
+static void answer(long result)
+{
+	const char *name = result >= 0 ? "allowed" : strerrorname_np(-result);
+
+	if (dprintf(1, "%s\n", name ? name : "?") < 0)
+		_exit(98);
+}
+
+static void answer_and_close(long fd)
+{
+	answer(fd);
+	if (fd >= 0)
+		close(fd);
+}
+
+/* A 64-bit system call whose other registers the caller chooses: rbx is where another ABI has its flags. */
+static long syscall64(long nr, long di, long si, long dx, long bx)
+{
+	long result;
+
+	asm volatile("syscall" : "=a"(result) : "a"(nr), "D"(di), "S"(si), "d"(dx), "b"(bx), "c"(bx) : "r11", "memory");
+	return result;
+}
+
+/* The 32-bit system call of a 64-bit program; rdi and rsi are where the 64-bit ABI has its arguments. */
+static long syscall32(long nr, long bx, long cx, long dx, long di, long si)
+{
+	long result;
+
+	asm volatile("int $0x80"
+		     : "=a"(result)
+		     : "a"(nr), "b"(bx), "c"(cx), "d"(dx), "D"(di), "S"(si)
+		     : "r8", "r9", "r10", "r11", "memory");
+	return (int)result;
+}
+
+static int device(void)
+{
+	int fd = open("/dev/userfaultfd", O_RDWR | O_CLOEXEC);
+
+	if (fd < 0)
+		fail("/dev/userfaultfd");
+	return fd;
+}
+
+/* The same with an odd number: rdi then says user mode only where another call would have its flags. */
+static int odd_device(void)
+{
+	int fd;
+
+	do
+		fd = fcntl(device(), F_DUPFD, 101);
+	while (!(fd & 1));
+	return fd;
+}
+
+static int drop_capability(int lost)
+{
+	struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+	struct __user_cap_data_struct data[2];
+
+	if (syscall(SYS_capget, &header, data))
+		return -1;
+	data[0].effective &= ~(1U << lost);
+	data[0].permitted &= ~(1U << lost);
+	data[0].inheritable &= ~(1U << lost);
+	return syscall(SYS_capset, &header, data);
+}
+
+/* Become another user; with `keep`, with just CAP_SYS_PTRACE. */
+static void become(int id, int keep)
+{
+	struct __user_cap_header_struct header = { _LINUX_CAPABILITY_VERSION_3, 0 };
+	struct __user_cap_data_struct data[2] = {};
+
+	if (keep && prctl(PR_SET_KEEPCAPS, 1))
+		fail("PR_SET_KEEPCAPS");
+	if (setresgid(id, id, id) || setresuid(id, id, id))
+		fail("setresuid");
+	if (!keep)
+		return;
+	data[0].effective = data[0].permitted = 1U << CAP_SYS_PTRACE;
+	if (syscall(SYS_capset, &header, data))
+		fail("capset");
+}
+
+/* Let another process open PATH, and receive the descriptor. */
+static int received(const char *path)
+{
+	char control[CMSG_SPACE(sizeof(int))] = {}, byte = 0;
+	struct iovec data = { &byte, 1 };
+	struct msghdr message = { .msg_iov = &data, .msg_iovlen = 1, .msg_control = control,
+				  .msg_controllen = sizeof(control) };
+	struct cmsghdr *header;
+	int ends[2], fd;
+
+	if (socketpair(AF_UNIX, SOCK_STREAM, 0, ends))
+		fail("socketpair");
+	if (!fork()) {
+		fd = open(path, O_RDWR);
+		header = CMSG_FIRSTHDR(&message);
+		header->cmsg_level = SOL_SOCKET;
+		header->cmsg_type = SCM_RIGHTS;
+		header->cmsg_len = CMSG_LEN(sizeof(int));
+		memcpy(CMSG_DATA(header), &fd, sizeof(fd));
+		_exit(fd < 0 || sendmsg(ends[1], &message, 0) != 1);
+	}
+	if (recvmsg(ends[0], &message, 0) != 1)
+		fail("recvmsg");
+	header = CMSG_FIRSTHDR(&message);
+	if (!header)
+		fail("nothing received");
+	memcpy(&fd, CMSG_DATA(header), sizeof(fd));
+	wait(NULL);
+	return fd;
+}
+
+/* Every other way to an anonymous inode; the names are printed with the answers. */
+static void others(void)
+{
+	unsigned char parameters[120] = {};
+	sigset_t none;
+
+	sigemptyset(&none);
+#define OTHER(name, call)                                                                          \
+	do {                                                                                       \
+		long fd = (call);                                                                  \
+		dprintf(1, "%s %s\n", name, fd >= 0 ? "allowed" : strerrorname_np(errno));         \
+		if (fd >= 0)                                                                       \
+			close(fd);                                                                 \
+	} while (0)
+	OTHER("io_uring", syscall(SYS_io_uring_setup, 4, parameters));
+	OTHER("eventfd", eventfd(0, 0));
+	OTHER("memfd", memfd_create("x", 0));
+	OTHER("memfd_secret", syscall(SYS_memfd_secret, 0));
+	OTHER("timerfd", timerfd_create(CLOCK_MONOTONIC, 0));
+	OTHER("signalfd", signalfd(-1, &none, 0));
+	OTHER("pidfd", syscall(SYS_pidfd_open, getpid(), 0));
+	OTHER("epoll", syscall(SYS_epoll_create1, 0));
+	OTHER("fanotify", syscall(SYS_fanotify_init, 0x200, O_RDONLY));
+}
+
+static void *toucher(void *page)
+{
+	return (void *)(long)*(volatile char *)page;
+}
+
+static void *forker(void *unused)
+{
+	if (!fork())
+		_exit(0);
+	wait(NULL);
+	return unused;
+}
+
+/* A userfaultfd made with privilege and used without: a fault is served, and a fork hands out the child's. */
+static void use_existing(int user)
+{
+	struct uffdio_api api = { .api = UFFD_API, .features = UFFD_FEATURE_EVENT_FORK };
+	long size = sysconf(_SC_PAGESIZE);
+	char *page = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct uffdio_register range = { .range = { (long)page, size }, .mode = UFFDIO_REGISTER_MODE_MISSING };
+	char *source = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	struct uffdio_copy copy = { .dst = (long)page, .src = (long)source, .len = size };
+	int fd = syscall(SYS_userfaultfd, O_CLOEXEC);
+	struct pollfd ready = { fd, POLLIN, 0 };
+	struct uffd_msg message;
+	pthread_t thread;
+	void *seen;
+
+	if (fd < 0 || ioctl(fd, UFFDIO_API, &api) || ioctl(fd, UFFDIO_REGISTER, &range))
+		fail("userfaultfd");
+	become(user, 0);
+	source[0] = 42;
+	pthread_create(&thread, NULL, toucher, page);
+	if (poll(&ready, 1, 10000) != 1 || read(fd, &message, sizeof(message)) != sizeof(message) ||
+	    message.event != UFFD_EVENT_PAGEFAULT || ioctl(fd, UFFDIO_COPY, &copy))
+		fail("fault");
+	pthread_join(thread, &seen);
+	dprintf(1, "%ld\n", (long)seen);
+	pthread_create(&thread, NULL, forker, NULL);
+	if (poll(&ready, 1, 10000) != 1 || read(fd, &message, sizeof(message)) != sizeof(message))
+		fail("fork event");
+	dprintf(1, "%s\n", message.event == UFFD_EVENT_FORK && (int)message.arg.fork.ufd >= 0 ? "handed" : "not handed");
+	close(message.arg.fork.ufd);
+	pthread_join(thread, NULL);
+}
+
+static void await(pid_t pid)
+{
+	int status;
+
+	if (waitpid(pid, &status, __WALL) != pid || status)
+		fail("the rest went wrong");
+}
+
+static int rest_of(void *steps)
+{
+	run(steps);
+	_exit(0);
+}
+
+static void *thread_of(void *steps)
+{
+	run(steps);
+	return NULL;
+}
+
+static void *older_thread(void *unused)
+{
+	pthread_barrier_wait(&handover);
+	run(older_steps);
+	return unused;
+}
+
+static void run(char **steps)
+{
+	static char stack[1 << 16] __attribute__((aligned(16)));
+	pthread_t thread;
+	char byte;
+	pid_t pid;
+
+	for (; *steps; steps++) {
+		char *step = *steps, *word = strchr(step, ':');
+		long number = word ? strtol(word + 1, NULL, 0) : 0;
+
+		if (word)
+			*word++ = 0;
+#define IS(name) (!strcmp(step, name))
+		/* questions; the number is the flags */
+		if (IS("syscall"))
+			answer_and_close(syscall64(SYS_userfaultfd, number, 0, 0, 0));
+		else if (IS("syscall-misleading")) /* the other places say user mode only */
+			answer_and_close(syscall64(SYS_userfaultfd, number, USERFAULTFD_IOC_NEW, 1, 1));
+		else if (IS("int80"))
+			answer_and_close(syscall32(374, number, 0, 0, 0, 0));
+		else if (IS("int80-misleading"))
+			answer_and_close(syscall32(374, number, USERFAULTFD_IOC_NEW, 1, 1, USERFAULTFD_IOC_NEW));
+		else if (IS("device"))
+			answer_and_close(syscall64(SYS_ioctl, device(), USERFAULTFD_IOC_NEW, number, 0));
+		else if (IS("device-misleading"))
+			answer_and_close(syscall64(SYS_ioctl, odd_device(), USERFAULTFD_IOC_NEW, number, 1));
+		else if (IS("device-int80"))
+			answer_and_close(syscall32(54, device(), USERFAULTFD_IOC_NEW, number, 0, 0));
+		else if (IS("device-int80-misleading"))
+			answer_and_close(syscall32(54, odd_device(), USERFAULTFD_IOC_NEW, number, 1, 1));
+		else if (IS("others"))
+			others();
+		/* /dev/kvm */
+		else if (IS("open"))
+			answer((opened = open(word, O_RDWR)) < 0 ? -errno : opened);
+		else if (IS("open-path"))
+			answer((opened = open(word, O_PATH)) < 0 ? -errno : opened);
+		else if (IS("receive"))
+			opened = received(word);
+		else if (IS("close"))
+			close(opened);
+		/* who we are */
+		else if (IS("become"))
+			become(number, 0);
+		else if (IS("become-with-ptrace"))
+			become(number, 1);
+		else if (IS("drop-ptrace") && drop_capability(CAP_SYS_PTRACE))
+			fail(step);
+		else if (IS("unshare-user") && unshare(CLONE_NEWUSER))
+			fail(step);
+		else if (IS("use-existing"))
+			use_existing(number);
+		else if (IS("wait") && read(0, &byte, 1) < 0)
+			fail(step);
+		/* who does the rest */
+		else if (IS("fork")) {
+			if (!(pid = fork()))
+				rest_of(steps + 1);
+			return await(pid);
+		} else if (IS("vfork") || IS("clone-vm")) {
+			pid = clone(rest_of, stack + sizeof(stack), CLONE_VM | SIGCHLD | (IS("vfork") ? CLONE_VFORK : 0),
+				    steps + 1);
+			return await(pid);
+		} else if (IS("thread")) {
+			pthread_create(&thread, NULL, thread_of, steps + 1);
+			pthread_join(thread, NULL);
+			return;
+		} else if (IS("older-thread")) {
+			pthread_barrier_init(&handover, NULL, 2);
+			pthread_create(&thread, NULL, older_thread, NULL);
+		} else if (IS("hand-over")) { /* to the older thread */
+			older_steps = steps + 1;
+			pthread_barrier_wait(&handover);
+			pthread_join(thread, NULL);
+			return;
+		} else if (IS("leader-leaves")) { /* the thread-group leader exits, a thread goes on */
+			pthread_create(&thread, NULL, (void *(*)(void *))rest_of, steps + 1);
+			syscall(SYS_exit, 0);
+		} else if (IS("exec")) {
+			steps[0] = "/proc/self/exe";
+			execv(steps[0], steps);
+			fail("exec");
+		} else if (!IS("drop-ptrace") && !IS("unshare-user") && !IS("wait")) {
+			dprintf(2, "actor: what is %s?\n", step);
+			_exit(97);
+		}
+	}
+}
+
+int main(int count, char **arguments)
+{
+	(void)count;
+	run(arguments + 1);
+	return 0;
+}

@@ -1,0 +1,383 @@
+"""Never laxer than asked: start, stop and mode, killed, repeated, at once, and sabotaged."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import platform
+import signal
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from inside import actor, uffdguard, waiting_actor
+
+import hatch_build
+from uffdguard import guard
+from uffdguard.errors import Failure
+from uffdguard.kernel import features, libbpf, native
+from uffdguard.policy import Mode, Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+KVM = "open:/dev/kvm"
+WAYS = ("syscall", "syscall:1", "device")
+#: What an unprivileged process may do without any policy, by the native knob's value.
+NATIVE = {0: {"syscall:1", "device"}, 1: {"syscall", "syscall:1", "device"}}
+NOTHING: set[str] = set()
+
+
+def open_ways(*steps: str) -> set[str]:
+    """Return the ways by which an unprivileged process gets a userfaultfd now."""
+    answers = actor(*steps, *WAYS)[-len(WAYS) :]
+    return {way for way, answer in zip(WAYS, answers, strict=True) if answer == "allowed"}
+
+
+def knob() -> int:
+    return int(Path("/proc", native.KNOB).read_text())
+
+
+class Killer(logging.Handler):
+    """Kills its own process with SIGKILL when a step is about to be taken; or only notes the steps."""
+
+    def __init__(self, step: str | None = None) -> None:
+        super().__init__()
+        self.step = step
+        self.seen: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seen.append(record.getMessage())
+        if record.getMessage() == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def watched(killer: Killer) -> Iterator[list[str]]:
+    guard.log.setLevel(logging.DEBUG)
+    guard.log.addHandler(killer)
+    try:
+        yield killer.seen
+    finally:
+        guard.log.removeHandler(killer)
+
+
+def killed_at(step: str, job: Callable[[], object]) -> bool:
+    """Do JOB in a process that is killed just before STEP; tell whether it came to that."""
+    pid = os.fork()
+    if pid == 0:
+        with watched(Killer(step)):
+            job()
+        os._exit(0)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+def start(mode: str) -> Callable[[], object]:
+    return lambda: guard.start(Policy(), Mode(mode))
+
+
+def switch(mode: str) -> Callable[[], object]:
+    return lambda: guard.set_mode(Mode(mode))
+
+
+FIRST_START = guard.STEPS[: guard.STEPS.index("record the object") + 1]
+CHANGE = ("ask strictly", "set the policy", "ask", "set the native knob", "ask by system call")
+UPGRADE = tuple(s for s in FIRST_START if s not in ("mount procfs", "mount bpffs", "record the native knob", "seed"))
+STOP = guard.STEPS[guard.STEPS.index("close the native knob") :]
+
+
+def test_the_steps_are_those_that_are_taken() -> None:
+    """So that the tests below, which kill at each, leave none out."""
+    native.unmount(native.BPFFS)
+    with watched(Killer()) as seen:
+        start("kvm")()
+        assert tuple(seen) == FIRST_START
+        seen.clear()
+        guard.LOADED.write_text("another object")
+        start("disabled")()
+        assert tuple(s for s in seen if s != "ask by system call") == tuple(
+            s for s in UPGRADE if s != "ask by system call"
+        )
+        seen.clear()
+        guard.stop()
+        assert tuple(seen) == STOP
+    assert FIRST_START + STOP == guard.STEPS
+
+
+@pytest.mark.parametrize("step", FIRST_START)
+def test_a_killed_first_start_is_not_laxer_than_before_and_can_be_repeated(step: str) -> None:
+    if step == "mount bpffs":
+        native.unmount(native.BPFFS)
+    with waiting_actor(KVM, "wait", *WAYS) as go_on:
+        assert killed_at(step, start("kvm"))
+        assert open_ways() <= NATIVE[0]
+        assert guard.status().problems or not guard.status().in_force or step == "record the object"
+        killed_at(step, start("kvm"))  # twice in a row
+        assert open_ways() <= NATIVE[0]
+        start("kvm")()
+        assert guard.status().in_force
+        assert not guard.status().problems
+        assert open_ways() == NOTHING
+        assert go_on()[-len(WAYS) :] == ["allowed"] * len(WAYS)
+    guard.stop()
+    assert knob() == 0
+    assert open_ways() == NATIVE[0]
+
+
+@pytest.mark.parametrize("step", [*FIRST_START[2:], None], ids=str)
+def test_the_native_value_found_first_is_what_stop_gives_back(step: str | None) -> None:
+    Path("/proc", native.KNOB).write_text("1\n")
+    if step:
+        assert killed_at(step, start("kvm"))
+        killed_at(step, start("disabled"))
+    else:
+        start("disabled")()
+        assert knob() == 0
+    guard.stop()
+    assert knob() == 1
+
+
+@pytest.mark.parametrize("step", UPGRADE)
+def test_a_killed_upgrade_refuses_and_keeps_the_grants(step: str) -> None:
+    start("kvm")()
+    with waiting_actor(KVM, "wait", "syscall", "wait", "syscall") as go_on:
+        guard.LOADED.write_text("another object")
+        assert killed_at(step, lambda: guard.start(Policy(), None)) or step == "set the native knob"
+        assert open_ways() == NOTHING
+        assert open_ways(KVM) == set(WAYS)
+        guard.start(Policy(), None)
+        status = guard.status()
+        assert (status.in_force, status.mode, status.problems) == (True, Mode.KVM, [])
+        assert open_ways() == NOTHING
+        # What a start in between found incomplete it did not trust: then, and only then, the grant is gone.
+        answers = go_on()
+        assert answers[1:] in (["allowed", "allowed"], ["EPERM", "EPERM"])
+
+
+@pytest.mark.parametrize("step", CHANGE)
+@pytest.mark.parametrize(("old", "new"), [("disabled", "kvm"), ("kvm", "enabled"), ("enabled", "kvm")])
+def test_a_killed_change_is_as_lax_as_the_laxer_and_start_mends_it(old: str, new: str, step: str) -> None:
+    start(old)()
+    lax = {"disabled": NOTHING, "kvm": NOTHING, "enabled": set(WAYS)}
+    same_knob = step == "set the native knob" and old != "disabled"
+    assert killed_at(step, switch(new)) is not same_knob
+    assert open_ways() <= lax[old] | lax[new]
+    guard.start(Policy(), None)
+    status = guard.status()
+    assert status.mode in (old, new)
+    assert not status.problems
+    assert open_ways() == lax[str(status.mode)]
+
+
+@pytest.mark.parametrize("step", ["ask strictly", "set the policy", "ask", "set the native knob"])
+def test_a_killed_change_to_disabled_is_mended(step: str) -> None:
+    start("kvm")()
+    assert killed_at(step, switch("disabled"))
+    assert open_ways() == NOTHING
+    assert guard.status().drift is (step == "set the native knob")
+    guard.start(Policy(), None)
+    assert not guard.status().problems
+    assert open_ways() == NOTHING
+
+
+@pytest.mark.parametrize("step", STOP)
+def test_a_killed_stop_is_not_laxer_than_without_a_policy_and_can_be_repeated(step: str) -> None:
+    start("kvm")()
+    assert killed_at(step, guard.stop)
+    assert open_ways() <= NATIVE[0]
+    assert guard.status().problems or not guard.status().in_force
+    killed_at(step, guard.stop)
+    assert open_ways() <= NATIVE[0]
+    guard.stop()
+    assert not guard.status().in_force
+    assert knob() == 0
+
+
+@pytest.mark.parametrize("step", STOP)
+def test_a_killed_stop_can_be_followed_by_a_start(step: str) -> None:
+    start("kvm")()
+    assert killed_at(step, guard.stop)
+    start("kvm")()
+    assert not guard.status().problems
+    assert open_ways() == NOTHING
+    assert open_ways(KVM) == set(WAYS)
+
+
+@pytest.mark.parametrize("part", guard.PARTS)
+def test_a_missing_pin_is_named_and_mended_and_the_mode_stays(part: str) -> None:
+    start("kvm")()
+    (guard.PINS / part).unlink()
+    assert guard.status().problems == [f"{part} is not pinned (No such file or directory)"] or part in (
+        "grants",
+        "counts",
+        "policy",
+        "witness",
+    )
+    assert guard.status().problems
+    assert open_ways() <= NATIVE[1]
+    if part != "decide":
+        assert open_ways() == NOTHING
+    guard.start(Policy(Mode.DISABLED), None)
+    assert not guard.status().problems
+    assert open_ways() == NOTHING
+    if part != "policy":  # the mode was in there
+        assert guard.status().mode is Mode.KVM
+
+
+def test_the_policy_decides_with_no_process_of_ours_alive() -> None:
+    assert killed_at("nothing", start("kvm")) is False  # a process that has ended
+    assert open_ways() == NOTHING
+    assert open_ways(KVM) == set(WAYS)
+
+
+def test_start_again_does_nothing_and_keeps_the_mode() -> None:
+    start("kvm")()
+    assert guard.start(Policy(Mode.ENABLED), None) is False
+    assert guard.current_mode() is Mode.KVM
+    assert guard.start(Policy(), Mode.ENABLED) is True
+    assert guard.current_mode() is Mode.ENABLED
+
+
+def test_start_mends_a_native_knob_that_somebody_changed() -> None:
+    start("disabled")()
+    Path("/proc", native.KNOB).write_text("1\n")
+    assert guard.status().drift
+    assert open_ways() == NOTHING
+    assert guard.start(Policy(), None) is True
+    assert knob() == 0
+    assert not guard.status().drift
+
+
+def test_a_stopped_policy_leaves_the_native_knob_closed_when_the_record_is_lost() -> None:
+    start("kvm")()
+    guard.FOUND.unlink()
+    assert "stop will leave the native knob at 0" in guard.status().problems[0]
+    guard.stop()
+    assert knob() == 0
+
+
+def test_many_at_once_are_serialised() -> None:
+    jobs = [start("kvm"), start("disabled"), guard.stop, start("enabled"), start("kvm"), guard.stop, start("kvm")]
+    pids = []
+    for job in jobs:
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            with contextlib.suppress(BaseException):
+                job()
+                os._exit(0)
+            os._exit(1)
+    assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * len(jobs)
+    start("kvm")()
+    assert not guard.status().problems
+    assert open_ways() == NOTHING
+
+
+def test_a_hundred_changes_at_once_while_others_ask() -> None:
+    start("disabled")()
+    done = threading.Event()
+    answers: set[str] = set()
+
+    def ask() -> None:
+        while not done.is_set():
+            answers.update(actor(*WAYS))
+
+    asker = threading.Thread(target=ask)
+    asker.start()
+    pids = []
+    for _ in range(5):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            try:
+                for mode in ("kvm", "disabled", "kvm", "disabled"):
+                    guard.set_mode(Mode(mode))
+                os._exit(0)
+            finally:
+                os._exit(1)
+    ended = [os.waitpid(pid, 0)[1] for pid in pids]
+    done.set()
+    asker.join()
+    assert ended == [0] * len(pids)
+    assert answers == {"EPERM"}
+    assert not guard.status().problems
+
+
+class TestSabotage:
+    """Start goes on only when it has seen the policy answer."""
+
+    @pytest.fixture
+    def variant(self, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+        """Return a function that has start load guard.bpf.c with one text replaced by another."""
+
+        def replace(text: str, by: str) -> None:
+            source = Path(features.__file__).with_name("guard.bpf.c").read_text()
+            assert source.count(text) == 1
+            folder = tmp_path_factory.mktemp("variant")
+            changed = folder / "guard.bpf.c"
+            changed.write_text(source.replace(text, by))
+            hatch_build.compile_bpf(changed, folder / "guard.bpf.o")
+            monkeypatch.setattr(features, "OBJECT", folder / "guard.bpf.o")
+
+        return replace
+
+    @pytest.fixture(params=[0, 1])
+    def native_value(self, request: pytest.FixtureRequest) -> int:
+        value: int = request.param
+        Path("/proc", native.KNOB).write_text(f"{value}\n")
+        return value
+
+    def fails(self, native_value: int) -> str:
+        """Try to start; see that it fails, that nothing is left, and return what it said."""
+        outcome = uffdguard("start", "--mode", "kvm")
+        assert (outcome.status, outcome.out) == (1, "")
+        assert outcome.err.count("\n") == 1
+        assert knob() == native_value
+        assert not guard.PINS.exists()
+        assert not native.RUN.exists()
+        assert open_ways() == NATIVE[native_value]
+        return outcome.err
+
+    def test_a_policy_that_allows_everything(self, variant: Callable[..., None], native_value: int) -> None:
+        variant("return reason >= REASON_DISABLED ? -EPERM : 0;", "return 0;")
+        assert "answers wrongly" in self.fails(native_value)
+
+    def test_a_policy_that_counts_a_refusal_but_decides_otherwise(
+        self, variant: Callable[..., None], native_value: int
+    ) -> None:
+        variant(
+            "if (policy.bits.mode == MODE_KVM) {", "if (policy.bits.mode != MODE_DISABLED) {\n\t\treturn REASON_KVM;"
+        )
+        assert "answers wrongly" in self.fails(native_value)
+
+    def test_a_null_check_that_the_verifier_takes_for_always_true(
+        self, variant: Callable[..., None], native_value: int
+    ) -> None:
+        variant("bpf_get_func_arg(ctx, 2, &context);", "context = (__u64)context_inode;")
+        if platform.release().startswith("6.1."):  # its verifier keeps the check
+            assert uffdguard("start", "--mode", "kvm").status == 0
+            assert open_ways() == NOTHING
+        else:
+            assert "does not answer" in self.fails(native_value)
+
+    def test_a_policy_that_is_never_attached(self, monkeypatch: pytest.MonkeyPatch, native_value: int) -> None:
+        attach = libbpf.Object.attach
+
+        def not_decide(obj: libbpf.Object, program: str) -> int:
+            return os.open("/dev/null", os.O_RDONLY) if program == "decide" else attach(obj, program)
+
+        monkeypatch.setattr(libbpf.Object, "attach", not_decide)
+        assert "does not answer" in self.fails(native_value)
+
+    def test_an_upgrade_to_such_a_policy_leaves_the_older_one_in_force(self, variant: Callable[..., None]) -> None:
+        start("kvm")()
+        with waiting_actor(KVM, "wait", *WAYS) as go_on:
+            variant("return reason >= REASON_DISABLED ? -EPERM : 0;", "return 0;")
+            with pytest.raises(Failure, match="answers wrongly"):
+                start("enabled")()
+            assert guard.status().mode is Mode.KVM
+            assert not guard.status().problems
+            assert open_ways() == NOTHING
+            assert go_on()[-len(WAYS) :] == ["allowed"] * len(WAYS)
