@@ -1,0 +1,68 @@
+# make demo: all it needs, and the main job shown. make test: all it needs, and the tests passed.
+
+PYTHON ?= python3
+# The kernels on which `make test` tries the tests of tests/vm and tests/clients, one after the other.
+KERNELS ?= 6.12 newest
+# The kernel of `make test-vm` and `make demo`.
+KERNEL ?= 6.12
+
+DEBIAN_PACKAGES = busybox-static clang kmod libbpf-dev libc6-dev python3-venv qemu-system-x86
+
+VENV = .venv/bin
+OBJECT = src/uffdguard/kernel/guard.bpf.o
+LAB = $(VENV)/uffdguard lab --cpus 2 --memory 2G --timeout 2400 --kernel
+
+.PHONY: all setup packages demo test test-unit test-vm lint format wheel clean
+
+all: setup $(OBJECT) build/actor
+
+setup: packages .venv/ready
+
+# One line and an end where a package is missing and we are not root.
+packages:
+	@missing=$$(for p in $(DEBIAN_PACKAGES); do \
+		dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || echo $$p; done); \
+	if [ -z "$$missing" ]; then :; \
+	elif [ "$$(id -u)" = 0 ]; then apt-get update -q && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $$missing; \
+	else echo "missing Debian packages; as root: apt-get install" $$missing >&2; exit 1; fi
+
+.venv/ready: pyproject.toml hatch_build.py
+	$(PYTHON) -m venv .venv
+	$(VENV)/python -m pip install -q -e '.[lab]' $$($(PYTHON) -c "import tomllib; \
+		print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['dev'])")
+	touch $@
+
+$(OBJECT): src/uffdguard/kernel/guard.bpf.c hatch_build.py | packages
+	$(PYTHON) hatch_build.py $@
+
+build/actor: tests/vm/actor.c | packages
+	@mkdir -p build
+	clang -O1 -g -Wall -Wextra -Werror -pthread -o $@ $<
+
+demo: all
+	@$(LAB) $(KERNEL) -- $(VENV)/python tests/clients/demo.py
+
+test: test-unit
+	@for kernel in $(KERNELS); do $(MAKE) --no-print-directory test-vm KERNEL=$$kernel || exit 1; done
+
+test-unit: all
+	$(VENV)/pytest tests/unit
+
+test-vm: all
+	$(LAB) $(KERNEL) -- $(VENV)/pytest $(or $(TESTS),tests/vm tests/clients)
+
+lint: all
+	$(VENV)/ruff check
+	$(VENV)/ruff format --check
+	$(VENV)/mypy
+
+format: all
+	$(VENV)/ruff check --fix
+	$(VENV)/ruff format
+
+wheel: all
+	$(VENV)/python -m build --wheel
+
+clean:
+	rm -rf .venv build dist $(OBJECT) .mypy_cache .ruff_cache .hypothesis
