@@ -6,6 +6,7 @@ drop-ins ``/etc/uffdguard.d/*.toml`` follow in the order of their names. No file
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from pathlib import Path
@@ -30,7 +31,7 @@ class File(msgspec.Struct, rename="kebab", forbid_unknown_fields=True):
 
 def files() -> list[Path]:
     """Return the files that exist, in the order in which they are read."""
-    return [path for path in (DEFAULT, ADMINISTRATOR, *sorted(DROP_INS.glob("*.toml"))) if path.exists()]
+    return [path for path in (DEFAULT, ADMINISTRATOR, *sorted(DROP_INS.glob("*.toml"))) if os.path.lexists(path)]
 
 
 def load() -> Policy:
@@ -61,11 +62,13 @@ def read(path: Path) -> File:
         raise Failure(f"{path}: not TOML: {error}", hint) from error
     except msgspec.ValidationError as error:
         key, what = _key_and_reason(str(error))
-        where = re.search(rf"""^[ \t]*['"]?{re.escape(key)}\b""", text, re.MULTILINE)
+        where = re.search(rf"""^[ \t\[]*['"]?{re.escape(key)}\b""", text, re.MULTILINE)
         line = text.count("\n", 0, where.start()) + 1 if where else 1
         raise Failure(f"{path}, line {line}: {key}: {what}", hint) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise Failure(f"cannot read {path}: {error}", hint) from error
+    except UnicodeDecodeError as error:
+        raise Failure(f"{path}: not TOML: not UTF-8", hint) from error
+    except OSError as error:
+        raise Failure(f"cannot read {path}: {error.strerror}", hint) from error
 
 
 def _key_and_reason(message: str) -> tuple[str, str]:

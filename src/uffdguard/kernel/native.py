@@ -7,6 +7,7 @@ user namespaces (fs/namespace.c, mnt_already_visible) unless an uncovered procfs
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from pathlib import Path
@@ -21,6 +22,9 @@ BPFFS = Path("/sys/fs/bpf")
 
 DEV_KVM = Path("/dev/kvm")
 DEV_USERFAULTFD = Path("/dev/userfaultfd")
+#: The module that has the driver of /dev/kvm; there too when it is built in.
+LOADED_KVM = Path("/sys/module/kvm")
+MODULES = Path("/lib/modules")
 
 MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
 BPF_FS_MAGIC = 0xCAFE4A11  # include/uapi/linux/magic.h
@@ -86,13 +90,10 @@ def drop_capabilities() -> None:
 
 def has_kvm() -> bool:
     """Tell whether this kernel has KVM, built in or as a module, loaded or not."""
-    if Path("/sys/module/kvm").exists():
+    if LOADED_KVM.exists():
         return True
-    modules = Path("/lib/modules", os.uname().release)
     for name in ("modules.dep", "modules.builtin"):
-        try:
-            if b"/kvm.ko" in (modules / name).read_bytes():
+        with contextlib.suppress(OSError):
+            if b"/kvm.ko" in (MODULES / os.uname().release / name).read_bytes():
                 return True
-        except OSError:
-            continue
     return False

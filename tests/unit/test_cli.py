@@ -1,0 +1,148 @@
+"""The command line as far as it goes without root: usage, errors, output, and what is imported."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from typing import TYPE_CHECKING
+
+import click
+import pytest
+
+from uffdguard import cli
+from uffdguard.cli import render
+from uffdguard.errors import Failure
+from uffdguard.kernel import features, libbpf, native, probe
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+COMMAND = [sys.executable, "-c", "from uffdguard.cli import main; main()"]
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        cli.main(list(arguments))
+    out, err = capsys.readouterr()
+    return int(end.value.code or 0), out, err
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_has_help(capsys: pytest.CaptureFixture[str], verb: str) -> None:
+    status, out, err = run(capsys, verb, "--help")
+    assert (status, err) == (0, "")
+    assert out.startswith(f"Usage: uffdguard {verb}")
+    assert verb in run(capsys, "--help")[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["stat"], "No such command 'stat'"),
+        (["status", "--yaml"], "No such option '--yaml'"),
+        (["status", "now"], "unexpected extra argument"),
+        (["mode", "kmv"], "there is no mode 'kmv'; the modes are disabled, enabled"),
+        (["start", "--mode", ""], "there is no mode ''; the modes are disabled, enabled"),
+        (["mode", "KVM"], "there is no mode 'KVM'"),
+        (["mode", "[kvm]"], "there is no mode '[kvm]'"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_status_2(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], words: str
+) -> None:
+    status, out, err = run(capsys, *arguments)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert words in err
+
+
+def test_a_failure_is_one_line_and_debug_shows_the_traceback(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise Failure("it is so", "do that")
+
+    monkeypatch.setattr("uffdguard.guard.status", fail)
+    assert run(capsys, "status") == (1, "", "uffdguard: it is so; do that\n")
+    with pytest.raises(Failure, match="it is so"):
+        cli.main(["--debug", "status"])
+
+
+def test_a_reader_that_has_gone_is_no_error() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with open(write, "wb") as closed:
+        done = subprocess.run([*COMMAND, "doctor"], stdout=closed, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (1, b"")
+
+
+@pytest.mark.parametrize("arguments", [["--version"], ["mode", "--help"]])
+def test_only_what_a_verb_needs_is_imported(arguments: list[str]) -> None:
+    script = f"""
+import sys
+from uffdguard.cli import main
+try:
+    main({arguments!r})
+except SystemExit:
+    print({{"rich", "msgspec", "ctypes", "uffdguard.guard", "uffdguard.lab"}} & set(sys.modules))
+"""
+    assert subprocess.check_output([sys.executable, "-c", script], text=True).endswith("set()\n")
+
+
+def test_columns_are_aligned_and_coloured_on_a_terminal_only(capsys: pytest.CaptureFixture[str]) -> None:
+    render.columns([("a", "allowed", "x"), ("longer", "EPERM", "")])
+    assert click.unstyle(capsys.readouterr().out) == "a       allowed  x\nlonger  EPERM\n"
+    done = subprocess.run([*COMMAND, "doctor"], stdout=subprocess.PIPE)
+    assert b"\x1b" not in done.stdout
+
+
+def test_doctor_has_a_row_for_each_thing_and_what_to_do_about_what_is_missing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "OLDEST", (99, 0))
+    status, out, _ = run(capsys, "doctor", "--json")
+    rows = {row["name"]: row for row in json.loads(out)}
+    assert status == 1
+    assert rows["kernel"]["state"] == "missing"
+    assert all(row["hint"] for row in rows.values() if row["state"] != "ok")
+    assert {"kernel", "hook", "LSM list", "BTF", "lockdown", "privileges", "bpffs", "libbpf", "KVM", "sysctl"} <= set(
+        rows
+    )
+    assert {"namespaces", "program decide", "program grant", "program forget", "program seed"} <= set(rows)
+
+
+def test_libbpf_missing_is_one_line_with_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    libbpf.library.cache_clear()
+    monkeypatch.setattr(libbpf, "NAME", "libbpf.so.0.none")
+    try:
+        with pytest.raises(Failure, match=r"libbpf.so.0.none is missing.*apt install libbpf1"):
+            libbpf.library()
+    finally:
+        libbpf.library.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("dep", "builtin", "expected"), [(True, False, True), (False, True, True), (False, False, False)]
+)
+def test_a_kernel_has_kvm_as_a_module_or_built_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dep: bool, builtin: bool, expected: bool
+) -> None:
+    modules = tmp_path / os.uname().release
+    modules.mkdir()
+    (modules / "modules.dep").write_text("kernel/arch/x86/kvm/kvm.ko.xz: x\n" if dep else "kernel/fs/fuse/fuse.ko:\n")
+    (modules / "modules.builtin").write_text("kernel/arch/x86/kvm/kvm.ko\n" if builtin else "")
+    monkeypatch.setattr(native, "MODULES", tmp_path)
+    monkeypatch.setattr(native, "LOADED_KVM", tmp_path / "nowhere")
+    assert native.has_kvm() is expected
+
+
+def test_probe_prints_allowed_or_the_name_of_the_errno(capsys: pytest.CaptureFixture[str]) -> None:
+    assert [probe.word(number) for number in (0, errno.EPERM, errno.EACCES)] == ["allowed", "EPERM", "EACCES"]
+    status, out, _ = run(capsys, "probe", "--json")
+    answers = json.loads(out)
+    ways = ("syscall", "syscall-user-mode-only", "device")
+    assert status == 0
+    assert list(answers) == [*ways, "kvm", *(f"{way}-after-kvm" for way in ways)]
+    assert all(answer == "allowed" or hasattr(errno, answer) for answer in answers.values())

@@ -1,0 +1,67 @@
+"""The structures shared with the kernel side: the check at load finds every difference."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING
+
+import pytest
+
+from uffdguard.errors import Failure
+from uffdguard.kernel import features, layout, libbpf
+from uffdguard.policy import Mode, Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+
+@pytest.fixture
+def guard_object() -> Iterator[libbpf.Object]:
+    with libbpf.Object(features.OBJECT) as obj:
+        yield obj
+
+
+def test_the_compiled_object_has_the_layout_that_is_declared_here(guard_object: libbpf.Object) -> None:
+    layout.check(guard_object)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value", "what"),
+    [
+        ("MODES", tuple(reversed(layout.MODES)), "enum mode"),
+        ("REASONS", layout.REASONS[:-1], "enum reason"),
+        (
+            "VALUES",
+            {**layout.VALUES, "witness": type("Short", (ctypes.Structure,), {"_fields_": (("tgid", ctypes.c_int32),)})},
+            "the size of witness",
+        ),
+        (
+            "VALUES",
+            {
+                **layout.VALUES,
+                "counts": type("Swapped", (ctypes.Structure,), {"_fields_": tuple(reversed(layout.Counts._fields_))}),
+            },
+            "struct counts",
+        ),
+    ],
+)
+def test_a_difference_is_told(
+    guard_object: libbpf.Object, monkeypatch: pytest.MonkeyPatch, attribute: str, value: object, what: str
+) -> None:
+    monkeypatch.setattr(layout, attribute, value)
+    with pytest.raises(Failure, match=f"differ in {what}") as failure:
+        layout.check(guard_object)
+    assert "reinstall uffdguard" in str(failure.value)
+
+
+@pytest.mark.parametrize("mode", list(Mode))
+@pytest.mark.parametrize("user_mode_only", [False, True])
+def test_a_policy_is_one_byte_that_reads_back_the_same(mode: Mode, user_mode_only: bool) -> None:
+    word = layout.Word.of(Policy(mode, user_mode_only))
+    assert ctypes.sizeof(word) == 1
+    assert layout.Word.from_buffer_copy(bytes(word)).policy() == Policy(mode, user_mode_only)
+
+
+def test_zero_is_the_strictest_policy() -> None:
+    """What a map holds before anything was written to it."""
+    assert layout.Word().policy() == Policy(Mode.DISABLED, user_mode_only=False)
