@@ -56,8 +56,8 @@ STEPS = (
     "attach forget",
     "seed",
     "attach decide",
-    "set the policy",
     "ask strictly",
+    "set the policy",
     "ask",
     *(f"pin {part}" for part in PARTS),
     "set the native knob",
@@ -213,6 +213,8 @@ class Asker:
         """Ask once, and see that the kernel side decided just this, and that the answer followed.
 
         :param witness: the descriptor of the loaded programs' ``witness`` map.
+        :param strict: be decided about as if the mode were ``disabled``, and refused with EACCES: only the programs
+            of this ``witness`` refuse so, while an older load that is attached as well can but give EPERM.
         :raises Failure: the policy does not answer as it must.
         """
         libbpf.write(witness, layout.Witness(tgid=self.pid, strict=strict))
@@ -226,7 +228,8 @@ class Asker:
                 "nothing was put in force; is bpf among the LSMs of this kernel? see uffdguard doctor",
             )
         reason = layout.REASONS[seen.reason]
-        if reason is not expected or answer != (0 if expected.allowed else errno.EPERM):
+        refusal = errno.EACCES if strict else errno.EPERM
+        if reason is not expected or answer != (0 if expected.allowed else refusal):
             raise Failure(
                 f"the policy answers wrongly: a trial process got {os.strerror(answer) if answer else 'a userfaultfd'}"
                 f" ({reason}) where {expected} was due",
@@ -405,8 +408,10 @@ def stop() -> bool:
             return False
         _mount(undo)
         undo.pop_all()
-        step("close the native knob")
-        native.write_knob(0)
+        # Without any of these a start was killed before it had changed the knob, or a stop after it had restored it.
+        if left or FOUND.exists() or LOADED.exists():
+            step("close the native knob")
+            native.write_knob(0)
         for path in sorted(left, key=lambda path: PARTS.index(path.name) if path.name in PARTS else -1, reverse=True):
             if path.name in PARTS:
                 step(f"unpin {path.name}")
@@ -492,6 +497,8 @@ def status() -> Status:
                 f"the native knob is {knob} and not {native_value(policy.mode)}: "
                 + ("processes that the mode allows are refused" if knob == 0 else "the net below the policy is open")
             )
+        if policy and not LOADED.exists():
+            problems.append("the last start did not come to its end")
         if policy and not FOUND.exists():
             problems.append(f"{FOUND} is gone: stop will leave the native knob at 0")
         decisions = counts.by_reason()

@@ -12,6 +12,7 @@
 #include <bpf/bpf_tracing.h>
 
 #define EPERM 1
+#define EACCES 13
 
 #define CAP_SYS_PTRACE 19
 #define FMODE_PATH 0x4000
@@ -123,8 +124,9 @@ struct counts counts SEC(".data.counts") = {};
 
 /*
  * The one process whose decisions `uffdguard start` watches before it trusts this program. While `strict`, it
- * is decided about as if the mode were `disabled`, so that a refusal can be seen whatever the mode. Each load
- * of this object has its own.
+ * is decided about as if the mode were `disabled`, so that a refusal can be seen whatever the mode; and refused
+ * with EACCES, which no other refusal gives, so that in an upgrade the older program, which is attached as well,
+ * cannot be what refused. Each load of this object has its own.
  */
 struct witness {
 	int tgid;
@@ -204,7 +206,7 @@ int BPF_PROG(decide, struct inode *inode, const struct qstr *name, const struct 
 	__u64 head = 0, context = 0;
 	union policy now = { .word = *(volatile __u8 *)&policy.word };
 	enum reason reason;
-	int is_witness;
+	int is_witness, strict;
 
 	if (ret)
 		return ret;
@@ -224,7 +226,8 @@ int BPF_PROG(decide, struct inode *inode, const struct qstr *name, const struct 
 		return 0;
 
 	is_witness = task->tgid == witness.tgid;
-	if (is_witness && witness.strict)
+	strict = is_witness && witness.strict;
+	if (strict)
 		now = (union policy){};
 
 	reason = reason_of(task, now);
@@ -235,7 +238,9 @@ int BPF_PROG(decide, struct inode *inode, const struct qstr *name, const struct 
 		witness.reason = reason;
 		witness.decisions++;
 	}
-	return reason >= REASON_DISABLED ? -EPERM : 0;
+	if (reason < REASON_DISABLED)
+		return 0;
+	return strict ? -EACCES : -EPERM;
 }
 
 /* Returns whether the entry is new. */
