@@ -41,7 +41,7 @@ build/actor: tests/vm/actor.c | packages
 	clang -O1 -g -Wall -Wextra -Werror -pthread -o $@ $<
 
 demo: all
-	@$(LAB) $(KERNEL) -- $(VENV)/python tests/clients/demo.py
+	@$(LAB) $(KERNEL) -- $(VENV)/python tests/clients/demo.py $$(test -t 1 && echo --colour)
 
 test: test-unit
 	@for kernel in $(KERNELS); do $(MAKE) --no-print-directory test-vm KERNEL=$$kernel || exit 1; done

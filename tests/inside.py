@@ -1,10 +1,14 @@
-"""What the tests inside the lab share: the actor, ordinary users, and our commands as a user runs them."""
+"""What the tests inside the lab share: its fixtures, the actor, and our commands as a user runs them.
+
+They run as root on a kernel that is theirs: they change modes of devices and the native knob at will.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,7 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from uffdguard import cli
+import pytest
+
+from uffdguard import cli, guard
+from uffdguard.kernel import native
+from uffdguard.policy import Mode, Policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -20,7 +28,42 @@ if TYPE_CHECKING:
 #: An ordinary user: no group of /dev/kvm, no capability.
 USER = 1000
 
+#: The group that may open /dev/kvm where not everybody may.
+KVM_GROUP = 36
+
 ACTOR = Path("/run/actor")
+
+
+@pytest.fixture(scope="session")
+def lab() -> None:
+    """Make sure that root's changes do not outlive the tests, and put the actor where everybody can run it."""
+    if "virtme" not in Path("/proc/cmdline").read_text():
+        pytest.exit("these tests change the machine they run on: run them in the lab, with `make test-vm`", 4)
+    shutil.copy(Path(__file__).parents[1] / "build/actor", ACTOR)
+    ACTOR.chmod(0o755)
+    os.chown(native.DEV_KVM, 0, KVM_GROUP)
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_force(lab: None) -> Iterator[None]:
+    """Begin and end each test without a policy, the devices open to everybody, the native knob at 0."""
+    native.DEV_KVM.chmod(0o666)
+    native.DEV_USERFAULTFD.chmod(0o666)
+    Path("/proc", native.KNOB).write_text("0\n")
+    yield
+    guard.stop()
+    assert not guard.PINS.exists()
+    assert not native.RUN.exists()
+
+
+@pytest.fixture
+def in_force() -> Callable[..., None]:
+    """Return a function that puts a policy in force, or changes the one that is."""
+
+    def put(mode: Mode | str, *, user_mode_only: bool = False) -> None:
+        guard.start(Policy(user_mode_only=user_mode_only), Mode(mode))
+
+    return put
 
 
 def actor(*steps: str, user: int = USER, pass_fds: tuple[int, ...] = ()) -> list[str]:
@@ -57,7 +100,7 @@ def waiting_actor(*steps: str, user: int = USER) -> Iterator[Callable[[], list[s
 
 @dataclass
 class Outcome:
-    """How a command of ours ended."""
+    """How a command ended."""
 
     status: int
     out: str
