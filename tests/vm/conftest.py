@@ -1,5 +1,33 @@
 """The fixtures of the tests inside the lab."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
 from inside import in_force, lab, nothing_in_force
 
+import hatch_build
+from uffdguard.kernel import features
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 __all__ = ["in_force", "lab", "nothing_in_force"]
+
+
+@pytest.fixture
+def variant(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that has start load guard.bpf.c with one text replaced by another."""
+
+    def replace(text: str, by: str) -> None:
+        source = Path(features.__file__).with_name("guard.bpf.c").read_text()
+        assert source.count(text) == 1
+        folder = tmp_path_factory.mktemp("variant")
+        changed = folder / "guard.bpf.c"
+        changed.write_text(source.replace(text, by))
+        hatch_build.compile_bpf(changed, folder / "guard.bpf.o")
+        monkeypatch.setattr(features, "OBJECT", folder / "guard.bpf.o")
+
+    return replace

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING
 import pytest
 from inside import actor, uffdguard, waiting_actor
 
-import hatch_build
 from uffdguard import guard
 from uffdguard.errors import Failure
-from uffdguard.kernel import features, libbpf, native
+from uffdguard.kernel import libbpf, native
 from uffdguard.policy import Mode, Policy
 
 if TYPE_CHECKING:
@@ -308,21 +307,6 @@ def test_a_hundred_changes_at_once_while_others_ask() -> None:
 
 class TestSabotage:
     """Start goes on only when it has seen the policy answer."""
-
-    @pytest.fixture
-    def variant(self, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-        """Return a function that has start load guard.bpf.c with one text replaced by another."""
-
-        def replace(text: str, by: str) -> None:
-            source = Path(features.__file__).with_name("guard.bpf.c").read_text()
-            assert source.count(text) == 1
-            folder = tmp_path_factory.mktemp("variant")
-            changed = folder / "guard.bpf.c"
-            changed.write_text(source.replace(text, by))
-            hatch_build.compile_bpf(changed, folder / "guard.bpf.o")
-            monkeypatch.setattr(features, "OBJECT", folder / "guard.bpf.o")
-
-        return replace
 
     @pytest.fixture(params=[0, 1])
     def native_value(self, request: pytest.FixtureRequest) -> int:

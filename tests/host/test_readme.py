@@ -1,0 +1,62 @@
+"""The blocks of the README that are executed on the machine itself, as they stand there."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import readme
+
+from uffdguard import config
+from uffdguard.policy import Policy
+
+
+def test_every_block_is_executed_by_a_test() -> None:
+    known = {readme.DEMO, readme.TEST, readme.INSTALL, readme.DIALOGUE, readme.CONFIGURATION}
+    assert {text for _, text in readme.BLOCKS} == known
+
+
+@pytest.mark.timeout(600)
+def test_make_demo_shows_what_the_readme_says_it_shows() -> None:
+    out = subprocess.check_output(["sh", "-c", readme.DEMO], cwd=readme.ROOT, text=True)
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    refused_but_enabled, allowed = ["EPERM", "allowed", "EPERM"], ["allowed"] * 3
+    assert [row[2:] for row in rows[:-1]] == [allowed, allowed, *[refused_but_enabled] * 3, ["EPERM", *allowed[1:]]]
+    disabled, *others = rows[-1][2:]
+    assert disabled == "refused"
+    assert all(cell.startswith("completed, ") for cell in others)
+
+
+def test_the_continuous_integration_calls_the_command_that_the_readme_gives() -> None:
+    command = readme.TEST.split("#")[0].strip()
+    assert command in (readme.ROOT / ".ci/run").read_text().splitlines()
+
+
+def test_the_configuration_shown_is_what_holds_without_a_file(tmp_path: Path) -> None:
+    (tmp_path / "uffdguard.toml").write_text(readme.CONFIGURATION)
+    said = config.read(tmp_path / "uffdguard.toml")
+    assert (said.mode, said.user_mode_only) == (Policy().mode, "allow" if Policy().user_mode_only else "deny")
+
+
+@pytest.mark.timeout(600)
+def test_the_wheel_installs_and_works_where_there_is_no_compiler(tmp_path: Path) -> None:
+    shutil.rmtree(readme.ROOT / "dist", ignore_errors=True)
+    build, *install = readme.INSTALL.splitlines(keepends=True)
+    subprocess.run(["sh", "-c", build], cwd=readme.ROOT, check=True)
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for tool in ("sh", "python3"):
+        (tools / tool).symlink_to(shutil.which(tool) or "")
+    environment = {**os.environ, "PATH": str(tools), "prefix": str(tmp_path / "installed")}
+    out = subprocess.check_output(["sh", "-ec", "".join(install)], cwd=readme.ROOT, env=environment, text=True)
+    assert out.splitlines()[-1].startswith("uffdguard ")
+
+    ours = Path(sys.executable).with_name("uffdguard")
+    theirs = tmp_path / "installed/bin/uffdguard"
+    script = f"rm -f /usr/bin/clang*; {theirs} start --mode kvm && {theirs} mode && {theirs} stop"
+    done = subprocess.run([ours, "lab", "--", "sh", "-c", script], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stdout) == (0, "disabled enabled [kvm]\n")

@@ -1,0 +1,64 @@
+"""The manual page and --help agree."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+import pytest
+
+from uffdguard import cli
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+PAGE = Path(__file__).parents[2] / "man/uffdguard.8"
+
+
+def described() -> dict[str, set[str]]:
+    """Return the words of each verb's heading in the manual page: options, and arguments in capitals."""
+    verbs = PAGE.read_text().split(".Sh VERBS")[1].split(".Sh FILES")[0]
+    headings = re.findall(r"^\.It (?:Cm ([^\n]*)|Xo\n(.*?)\n\.Xc)$", verbs, re.MULTILINE | re.DOTALL)
+    found = {}
+    for heading in ("".join(pair) for pair in headings):
+        words = heading.replace(".Cm ", "").split()
+        verb = " ".join(words[: next((i for i, word in enumerate(words) if word in (".Op", "Op")), len(words))])
+        found[verb] = set(re.findall(r"Fl -([\w-]+)", heading)) | set(re.findall(r"Ar ([A-Z]+)", heading))
+    return found
+
+
+def existing() -> Iterator[tuple[str, set[str]]]:
+    """Give each verb of the command line with the same."""
+    for verb in cli.VERBS:
+        command = cli.cli.get_command(click.Context(cli.cli), verb)
+        assert command
+        yield from words_of(verb, command)
+
+
+def words_of(name: str, command: click.Command) -> Iterator[tuple[str, set[str]]]:
+    words: set[str] = set()
+    for parameter in command.params:
+        flag = isinstance(parameter, click.Option) and parameter.is_flag
+        words.update(option.removeprefix("--") for option in parameter.opts if option.startswith("--"))
+        if not flag:
+            words.add(parameter.make_metavar(click.Context(command)).strip("[]"))
+    if isinstance(command, click.Group):
+        words.add("COMMAND")
+        for inner, subcommand in command.commands.items():
+            yield from words_of(f"{name} {inner}", subcommand)
+    yield name, words
+
+
+def test_the_manual_page_has_each_verb_with_its_options_and_no_other() -> None:
+    assert described() == dict(existing())
+
+
+@pytest.mark.skipif(not shutil.which("groff"), reason="groff is not installed")
+def test_the_manual_page_is_without_errors() -> None:
+    done = subprocess.run(["groff", "-mdoc", "-Tutf8", "-ww", PAGE], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "UFFDGUARD(8)" in done.stdout
