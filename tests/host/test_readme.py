@@ -49,11 +49,13 @@ def test_the_wheel_installs_and_works_where_there_is_no_compiler(tmp_path: Path)
     subprocess.run(["sh", "-c", build], cwd=readme.ROOT, check=True)
     tools = tmp_path / "tools"
     tools.mkdir()
-    for tool in ("sh", "python3"):
-        (tools / tool).symlink_to(shutil.which(tool) or "")
-    environment = {**os.environ, "PATH": str(tools), "prefix": str(tmp_path / "installed")}
+    for tool in ("cc", "clang", "gcc"):
+        (tools / tool).write_text(f"#!/bin/sh\ntouch {tmp_path}/compiled; exit 1\n")
+        (tools / tool).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}", "prefix": str(tmp_path / "installed")}
     out = subprocess.check_output(["sh", "-ec", "".join(install)], cwd=readme.ROOT, env=environment, text=True)
     assert out.splitlines()[-1].startswith("uffdguard ")
+    assert not (tmp_path / "compiled").exists()
 
     ours = Path(sys.executable).with_name("uffdguard")
     theirs = tmp_path / "installed/bin/uffdguard"

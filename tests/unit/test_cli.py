@@ -92,8 +92,8 @@ except SystemExit:
 
 
 def test_columns_are_aligned_and_coloured_on_a_terminal_only(capsys: pytest.CaptureFixture[str]) -> None:
-    render.columns([("a", "allowed", "x"), ("longer", "EPERM", "")])
-    assert click.unstyle(capsys.readouterr().out) == "a       allowed  x\nlonger  EPERM\n"
+    render.columns([("a", "x", "allowed"), ("longer", "EPERM", "ok")])
+    assert click.unstyle(capsys.readouterr().out) == "a       x      allowed\nlonger  EPERM  ok\n"
     done = subprocess.run([*COMMAND, "doctor"], stdout=subprocess.PIPE)
     assert b"\x1b" not in done.stdout
 

@@ -26,9 +26,9 @@ def columns(rows: Iterable[Sequence[str]]) -> None:
     rows = [tuple(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
-        line = "  ".join(_coloured(text, f"{text:{width}}") for text, width in zip(row, widths, strict=True))
-        click.echo(line.rstrip())
+        cells = (_coloured(text) + " " * (width - len(text)) for text, width in zip(row, widths, strict=True))
+        click.echo("  ".join(cells).rstrip())
 
 
-def _coloured(text: str, cell: str) -> str:
-    return click.style(cell, fg=COLOURS[text]) if text in COLOURS else cell
+def _coloured(text: str) -> str:
+    return click.style(text, fg=COLOURS[text]) if text in COLOURS else text
