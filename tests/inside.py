@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from uffdguard import cli, guard
+from uffdguard import cli, guard, state
 from uffdguard.kernel import native
 from uffdguard.policy import Mode, Policy
 
@@ -52,7 +52,7 @@ def nothing_in_force(lab: None) -> Iterator[None]:
     Path("/proc", native.KNOB).write_text("0\n")
     yield
     guard.stop()
-    assert not guard.PINS.exists()
+    assert not state.PINS.exists()
     assert not native.RUN.exists()
 
 

@@ -1,8 +1,4 @@
-"""The life of the enforcement: start, stop, change, status.
-
-What is in force lives in the kernel: three links and four maps, pinned in a directory of bpffs that only root
-may enter. They keep deciding with no process of ours alive. What else must be remembered until stop lies in
-/run/uffdguard: the native knob's value as it was found, and which object was loaded.
+"""The life of the enforcement: start, stop and the change of the mode.
 
 The rule for every order of steps here: a ``kill -9`` between any two of them leaves the system no laxer than
 the laxer of the old and the new setting, and the next start or stop puts it right. So nothing is pinned before
@@ -12,39 +8,23 @@ it was seen to refuse, and the native knob is relaxed last and closed first.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import logging
 import os
-import time
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, layout, libbpf, native
-from uffdguard.policy import Mode, Policy, Reason, Request, decide
+from uffdguard.policy import Mode, Policy, Reason, decide
+from uffdguard.proof import Asker
+from uffdguard.state import FOUND, LINKS, LOADED, PARTS, PINS, Pinned, pinned
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
 log = logging.getLogger("uffdguard")
-
-PINS = native.BPFFS / "uffdguard"
-#: The native knob as it was found at the first start: written once, removed by stop.
-FOUND = native.RUN / "native"
-#: The object that was loaded, by its hash: written when a start has come to its end.
-LOADED = native.RUN / "object"
-
-#: Each link is pinned under the name of its program; with the maps that its program uses.
-LINKS = {
-    "grant": {"grants", "counts"},
-    "forget": {"grants", "counts"},
-    "decide": {"grants", "counts", "policy", "witness"},
-}
-#: The order of pinning: ``decide`` last, so that who finds it finds all the others too.
-PARTS = ("grants", "counts", "policy", "witness", *LINKS)
 
 #: The steps of start, mode and stop. The log names each as it is taken, and tests kill at each.
 STEPS = (
@@ -77,64 +57,6 @@ def step(name: str) -> None:
     log.debug("%s", name)
 
 
-@dataclass
-class Pinned:
-    """What is pinned: descriptors by name, and what is wrong with them."""
-
-    fds: dict[str, int] = field(default_factory=dict)
-    programs: dict[str, libbpf.ProgramInfo] = field(default_factory=dict)
-    problems: list[str] = field(default_factory=list)
-
-    def has(self, *links: str) -> bool:
-        """Tell whether these links are pinned, and with them the maps that their programs use."""
-        return all(link in self.programs for link in links)
-
-    @property
-    def complete(self) -> bool:
-        """Whether everything is there and belongs together."""
-        return self.has(*LINKS)
-
-    def policy(self) -> Policy | None:
-        """Return the policy that is set, or None when its map is not there or says nothing known."""
-        if "policy" not in self.fds:
-            return None
-        try:
-            return libbpf.read(self.fds["policy"], layout.Word).policy()
-        except (OSError, IndexError):
-            return None
-
-
-@contextlib.contextmanager
-def pinned() -> Iterator[Pinned]:
-    """Open everything that is pinned, and see whether it belongs together."""
-    with contextlib.ExitStack() as stack:
-        found = Pinned()
-        ids = {}
-        for part in PARTS:
-            try:
-                fd = found.fds[part] = libbpf.get(PINS / part)
-            except OSError as error:
-                found.problems.append(f"{part} is not pinned ({os.strerror(error.errno or 0)})")
-                continue
-            stack.callback(os.close, fd)
-            if part not in LINKS:
-                ids[part] = libbpf.info(fd, libbpf.MapInfo).id
-                continue
-            try:
-                program, used = libbpf.program_of_link(fd)
-            except OSError as error:
-                found.problems.append(f"{part} is not a link ({os.strerror(error.errno or 0)})")
-                continue
-            strange = sorted(name for name in LINKS[part] if ids.get(name) not in used)
-            if program.name.decode() != part:
-                found.problems.append(f"{part} is the link of another program")
-            elif strange:
-                found.problems.append(f"{part} does not use the pinned {' and '.join(strange)}")
-            else:
-                found.programs[part] = program
-        yield found
-
-
 @contextlib.contextmanager
 def locked() -> Iterator[None]:
     """Be the only one who changes anything: an flock(2) on /run/uffdguard, which is made if it is missing."""
@@ -155,88 +77,6 @@ def locked() -> Iterator[None]:
             _remove_if_empty(native.RUN)
 
 
-class Asker:
-    """A child without privileges that asks for userfaultfds, to see what the policy answers. A context manager.
-
-    It never opens /dev/kvm. /dev/userfaultfd is opened for it by root, because creations through it are not
-    governed by the native knob: with the knob at 0 a refused system call would prove nothing of ours.
-    """
-
-    REQUEST = Request()
-
-    def __enter__(self) -> Asker:
-        import socket
-
-        self._socket, theirs = socket.socketpair()
-        device = os.open(native.DEV_USERFAULTFD, os.O_RDWR | os.O_CLOEXEC)
-        self.pid = os.fork()
-        if self.pid == 0:
-            status = 1
-            try:
-                self._socket.close()
-                self._serve(theirs, device)
-                status = 0
-            finally:
-                os._exit(status)
-        os.close(device)
-        theirs.close()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._socket.close()
-        os.waitpid(self.pid, 0)
-
-    @staticmethod
-    def _serve(server: object, device: int) -> None:
-        import socket
-
-        from uffdguard.kernel import probe
-
-        assert isinstance(server, socket.socket)
-        nobody = 65534
-        os.setgroups([])
-        os.setresgid(nobody, nobody, nobody)
-        os.setresuid(nobody, nobody, nobody)
-        native.drop_capabilities()
-        while question := server.recv(1):
-            answer = probe.device_ioctl(device) if question == b"d" else probe.syscall()
-            server.send(bytes([answer]))
-
-    def _answer(self, question: bytes) -> int:
-        self._socket.send(question)
-        answer = self._socket.recv(1)
-        if not answer:
-            raise Failure("the process that tries the policy has died", "try again")
-        return answer[0]
-
-    def ask(self, witness: int, expected: Reason, *, strict: bool = False, by_syscall: bool = False) -> None:
-        """Ask once, and see that the kernel side decided just this, and that the answer followed.
-
-        :param witness: the descriptor of the loaded programs' ``witness`` map.
-        :param strict: be decided about as if the mode were ``disabled``, and refused with EACCES: only the programs
-            of this ``witness`` refuse so, while an older load that is attached as well can but give EPERM.
-        :raises Failure: the policy does not answer as it must.
-        """
-        libbpf.write(witness, layout.Witness(tgid=self.pid, strict=strict))
-        answer = self._answer(b"s" if by_syscall else b"d")
-        seen = libbpf.read(witness, layout.Witness)
-        libbpf.write(witness, layout.Witness())
-        if seen.decisions != 1:
-            raise Failure(
-                f"the policy does not answer: a trial process was {'refused' if answer else 'allowed'} a userfaultfd"
-                f" and {seen.decisions} decisions were recorded",
-                "nothing was put in force; is bpf among the LSMs of this kernel? see uffdguard doctor",
-            )
-        reason = layout.REASONS[seen.reason]
-        refusal = errno.EACCES if strict else errno.EPERM
-        if reason is not expected or answer != (0 if expected.allowed else refusal):
-            raise Failure(
-                f"the policy answers wrongly: a trial process got {os.strerror(answer) if answer else 'a userfaultfd'}"
-                f" ({reason}) where {expected} was due",
-                "nothing was put in force; please report this with the kernel's version",
-            )
-
-
 def start(configured: Policy, mode: Mode | None = None) -> bool:
     """Put the policy in force, or bring what is there to what is wanted.
 
@@ -251,7 +91,7 @@ def start(configured: Policy, mode: Mode | None = None) -> bool:
     with locked(), pinned() as found, contextlib.ExitStack() as held, contextlib.ExitStack() as undo:
         current = found.policy() if found.has("decide") or LOADED.exists() else None
         wanted = Policy(mode or (current or configured).mode, configured.user_mode_only)
-        check_mode(wanted.mode)
+        native.check_mode(wanted.mode)
         _mount(undo)
         if not FOUND.exists():
             step("record the native knob")
@@ -259,7 +99,7 @@ def start(configured: Policy, mode: Mode | None = None) -> bool:
             _write(FOUND, str(0 if found.has("decide") else native.read_knob()))
             undo.callback(FOUND.unlink)
         if found.complete and _same_object():
-            changed = current != wanted or native.read_knob() != native_value(wanted.mode)
+            changed = current != wanted or native.read_knob() != wanted.mode.native_value
             if changed:
                 _change(found.fds, wanted, undo)
             undo.pop_all()
@@ -347,12 +187,12 @@ def _change(fds: dict[str, int], wanted: Policy, undo: contextlib.ExitStack, *, 
                     step(f"pin {part}")
                     _pin(part, fds[part], pin_over.fds.get(part), undo)
             value = native.read_knob()
-            if value != native_value(wanted.mode):
+            if value != wanted.mode.native_value:
                 step("set the native knob")
                 # Whatever went wrong after this, an older policy of ours or none needs no more than it had.
                 undo.callback(native.write_knob, value)
-                native.write_knob(native_value(wanted.mode))
-            if native_value(wanted.mode):
+                native.write_knob(wanted.mode.native_value)
+            if wanted.mode.native_value:
                 step("ask by system call")
                 asker.ask(fds["witness"], expected, by_syscall=True)
     except OSError as error:
@@ -379,9 +219,8 @@ def set_mode(mode: Mode) -> None:
 
     :raises Failure: none is in force, or it does not answer.
     """
-    if os.geteuid() != 0:
-        raise Failure("only root switches the mode", "run it as root, e.g. with sudo")
-    check_mode(mode)
+    native.need_root("switches the mode")
+    native.check_mode(mode)
     with locked(), pinned() as found, contextlib.ExitStack() as undo:
         current = found.policy()
         if not found.complete or current is None or not native.PROC.is_mount():
@@ -400,8 +239,7 @@ def stop() -> bool:
 
     :returns: whether there was anything to take away.
     """
-    if os.geteuid() != 0:
-        raise Failure("only root takes the policy out of force", "run it as root, e.g. with sudo")
+    native.need_root("takes the policy out of force")
     with locked(), contextlib.ExitStack() as undo:
         left = sorted(PINS.iterdir()) if PINS.is_dir() else []
         if not (left or FOUND.exists() or native.PROC.exists() or LOADED.exists()):
@@ -427,109 +265,6 @@ def stop() -> bool:
         native.unmount(native.PROC)
         native.PROC.rmdir()
         return True
-
-
-def current_mode() -> Mode:
-    """Return the mode in force.
-
-    :raises Failure: none is in force, or it cannot be told.
-    """
-    _need_root("the mode")
-    with pinned() as found:
-        policy = found.policy()
-        if policy is None or not found.has("decide"):
-            raise Failure("the policy is not in force", "run uffdguard start")
-        return policy.mode
-
-
-def modes() -> tuple[Mode, ...]:
-    """Return the modes that exist on this kernel: ``kvm`` only where there is KVM."""
-    return tuple(mode for mode in Mode if mode is not Mode.KVM or native.has_kvm())
-
-
-def check_mode(mode: Mode) -> None:
-    """Make sure that MODE exists on this kernel.
-
-    :raises Failure: it does not.
-    """
-    if mode not in modes():
-        raise Failure("mode kvm does not exist here: this kernel has no KVM", "use disabled or enabled")
-
-
-def native_value(mode: Mode) -> int:
-    """Return the native knob's value that fits MODE: 0 refuses by itself, 1 leaves it to the policy above."""
-    return 0 if mode is Mode.DISABLED else 1
-
-
-@dataclass(frozen=True)
-class Status:
-    """How things stand. The names are those of ``status --json``."""
-
-    in_force: bool
-    mode: Mode | None
-    user_mode_only: bool | None
-    since: str | None  # local time, ISO 8601
-    kernel: str
-    native_knob: int
-    drift: bool  # the native knob does not fit the mode
-    pins: dict[str, bool]
-    skipped: int  # times the kernel skipped grant or forget
-    lost: int  # grants that could not be recorded
-    grants: int
-    allowed: int
-    refused: int
-    decisions: dict[Reason, int]
-    problems: list[str]
-
-
-def status() -> Status:
-    """Find out how things stand. Changes nothing."""
-    _need_root("the state of the policy")
-    with pinned() as found:
-        policy = found.policy() if found.has("decide") else None
-        counts = libbpf.read(found.fds["counts"], layout.Counts) if "counts" in found.fds else layout.Counts()
-        knob = native.read_knob()
-        left = bool(found.fds) or FOUND.exists() or LOADED.exists()
-        problems = list(found.problems) if left else []
-        drift = policy is not None and knob != native_value(policy.mode)
-        if policy and drift:
-            problems.append(
-                f"the native knob is {knob} and not {native_value(policy.mode)}: "
-                + ("processes that the mode allows are refused" if knob == 0 else "the net below the policy is open")
-            )
-        if policy and not LOADED.exists():
-            problems.append("the last start did not come to its end")
-        if policy and not FOUND.exists():
-            problems.append(f"{FOUND} is gone: stop will leave the native knob at 0")
-        decisions = counts.by_reason()
-        return Status(
-            in_force=policy is not None,
-            mode=policy.mode if policy else None,
-            user_mode_only=policy.user_mode_only if policy else None,
-            since=_local_time(found.programs["decide"].load_time) if policy else None,
-            kernel=os.uname().release,
-            native_knob=knob,
-            drift=drift,
-            pins={part: part in found.fds for part in PARTS},
-            skipped=sum(program.recursion_misses for program in found.programs.values()),
-            lost=counts.lost,
-            grants=counts.grants,
-            allowed=sum(number for reason, number in decisions.items() if reason.allowed),
-            refused=sum(number for reason, number in decisions.items() if not reason.allowed),
-            decisions=decisions,
-            problems=problems,
-        )
-
-
-def _local_time(since_boot: int) -> str:
-    """Return a kernel's time since boot, in ns, as local time, ISO 8601 to the second."""
-    seconds = time.time() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - since_boot) / 1e9
-    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
-
-
-def _need_root(what: str) -> None:
-    if os.geteuid() != 0:
-        raise Failure(f"only root can see {what}", "run it as root, e.g. with sudo")
 
 
 def _object_hash() -> str:

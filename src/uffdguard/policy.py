@@ -17,6 +17,11 @@ class Mode(StrEnum):
     ENABLED = "enabled"
     KVM = "kvm"
 
+    @property
+    def native_value(self) -> int:
+        """The native knob's value that fits: 0 refuses by itself, 1 leaves it to the policy above."""
+        return 0 if self is Mode.DISABLED else 1
+
 
 class Reason(StrEnum):
     """Why a decision fell as it did: the row of the table that took it. The order is that of guard.bpf.c."""

@@ -13,7 +13,15 @@ from typing import Any
 
 import pytest
 
+from uffdguard.lab import kernels
+
 LAB = [str(Path(sys.executable).with_name("uffdguard")), "lab"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def kernel() -> None:
+    """Have the kernel in the cache: to fetch one is told on standard error."""
+    kernels.get("6.12")
 
 
 def lab(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -85,7 +93,11 @@ def test_a_kernel_that_panics_is_told_with_its_last_words() -> None:
 def test_nothing_is_left_of_a_lab_that_is_interrupted(number: signal.Signals) -> None:
     with tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
-            [*LAB, "--", "sh", "-c", "echo ready; sleep 1000"], stdout=subprocess.PIPE, stderr=stderr
+            [*LAB, "--", "sh", "-c", "echo ready; sleep 1000"],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            # Whoever runs us in the background may have it ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         assert process.stdout
         assert process.stdout.readline() == b"ready\n"

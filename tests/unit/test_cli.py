@@ -64,7 +64,7 @@ def test_a_failure_is_one_line_and_debug_shows_the_traceback(
     def fail(*arguments: object) -> None:
         raise Failure("it is so", "do that")
 
-    monkeypatch.setattr("uffdguard.guard.status", fail)
+    monkeypatch.setattr("uffdguard.state.status", fail)
     assert run(capsys, "status") == (1, "", "uffdguard: it is so; do that\n")
     with pytest.raises(Failure, match="it is so"):
         cli.main(["--debug", "status"])
@@ -86,7 +86,7 @@ from uffdguard.cli import main
 try:
     main({arguments!r})
 except SystemExit:
-    print({{"rich", "msgspec", "ctypes", "uffdguard.guard", "uffdguard.lab"}} & set(sys.modules))
+    print({{"rich", "msgspec", "ctypes", "uffdguard.guard", "uffdguard.state", "uffdguard.lab"}} & set(sys.modules))
 """
     assert subprocess.check_output([sys.executable, "-c", script], text=True).endswith("set()\n")
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from inside import USER, uffdguard
 
-from uffdguard import config, guard
+from uffdguard import config, state
 from uffdguard.kernel import features, libbpf, native
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def test_a_mistake_in_the_configuration_changes_nothing(monkeypatch: pytest.Monk
     outcome = uffdguard("start")
     assert outcome.status == 1
     assert f"{tmp_path}/uffdguard.toml, line 1: mode: must be one of disabled, enabled, kvm" in outcome.err
-    assert not guard.PINS.exists()
+    assert not state.PINS.exists()
 
 
 def test_an_unknown_mode_changes_nothing(in_force: Callable[..., None]) -> None:
@@ -142,7 +142,7 @@ class TestWhatIsMissing:
         for word in words:
             assert word in outcome.err
         assert not native.RUN.exists()
-        assert not guard.PINS.exists()
+        assert not state.PINS.exists()
         assert uffdguard("doctor").status == 1
 
     def test_libbpf(self, monkeypatch: pytest.MonkeyPatch) -> None:

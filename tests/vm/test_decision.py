@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from inside import actor, waiting_actor
 
-from uffdguard import guard
+from uffdguard import state
 from uffdguard.kernel import layout, libbpf, native
 from uffdguard.policy import Mode, Policy, Reason, Request, decide
 
@@ -141,14 +141,14 @@ class TestKvm:
         assert refused(answers)
 
     def test_the_grant_ends_with_the_address_space(self) -> None:
-        before = guard.status().grants
+        before = state.status().grants
         with waiting_actor(KVM, "wait"):
-            assert guard.status().grants == before + 1
-        assert guard.status().grants == before
+            assert state.status().grants == before + 1
+        assert state.status().grants == before
 
     def test_the_number_of_grants_is_the_number_of_entries(self) -> None:
-        with waiting_actor(KVM, KVM, "wait"), waiting_actor(KVM, "wait"), guard.pinned() as pins:
-            assert guard.status().grants == number_of_keys(pins.fds["grants"]) >= 2
+        with waiting_actor(KVM, KVM, "wait"), waiting_actor(KVM, "wait"), state.pinned() as pins:
+            assert state.status().grants == number_of_keys(pins.fds["grants"]) >= 2
 
 
 class TestHeldAtTheFirstStart:
@@ -166,8 +166,8 @@ class TestHeldAtTheFirstStart:
     @pytest.mark.parametrize("link", ["grant", "forget"])
     def test_a_repair_grants_nobody(self, in_force: Callable[..., None], link: str) -> None:
         in_force("kvm")
-        (guard.PINS / "grant").unlink()
-        (guard.PINS / link).unlink(missing_ok=True)
+        (state.PINS / "grant").unlink()
+        (state.PINS / link).unlink(missing_ok=True)
         with waiting_actor(KVM, "wait", *ALL) as go_on:
             in_force("kvm")
             assert refused(go_on()[1:])
@@ -177,7 +177,7 @@ class TestHeldAtTheFirstStart:
         try:
             in_force("kvm")
             with waiting_actor(KVM, "wait", *ALL) as go_on:
-                guard.LOADED.write_text("another object")
+                state.LOADED.write_text("another object")
                 in_force("kvm")
                 assert allowed(go_on())
                 assert refused(actor(*ALL, pass_fds=(fd,)))
@@ -230,10 +230,10 @@ class TestUserModeOnly:
 def test_other_anonymous_inodes_are_untouched(in_force: Callable[..., None], mode: Mode) -> None:
     before = actor("others")
     in_force(mode)
-    decided = guard.status().decisions
+    decided = state.status().decisions
     assert len(before) == 9
     assert actor("others") == before
-    assert guard.status().decisions == decided
+    assert state.status().decisions == decided
 
 
 @pytest.mark.parametrize("mode", list(Mode))
@@ -261,5 +261,5 @@ def test_the_kernel_decides_as_the_model(in_force: Callable[..., None], mode: Mo
 
 
 def _decisions() -> dict[Reason, int]:
-    with guard.pinned() as pins:
+    with state.pinned() as pins:
         return libbpf.read(pins.fds["counts"], layout.Counts).by_reason()

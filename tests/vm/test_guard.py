@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import pytest
 from inside import actor, uffdguard, waiting_actor
 
-from uffdguard import guard
+from uffdguard import guard, state
 from uffdguard.errors import Failure
 from uffdguard.kernel import libbpf, native
 from uffdguard.policy import Mode, Policy
@@ -96,7 +96,7 @@ def test_the_steps_are_those_that_are_taken() -> None:
         start("kvm")()
         assert tuple(seen) == FIRST_START
         seen.clear()
-        guard.LOADED.write_text("another object")
+        state.LOADED.write_text("another object")
         start("disabled")()
         assert tuple(s for s in seen if s != "ask by system call") == tuple(
             s for s in UPGRADE if s != "ask by system call"
@@ -114,12 +114,12 @@ def test_a_killed_first_start_is_not_laxer_than_before_and_can_be_repeated(step:
     with waiting_actor(KVM, "wait", *WAYS) as go_on:
         assert killed_at(step, start("kvm"))
         assert open_ways() <= NATIVE[0]
-        assert guard.status().problems or not guard.status().in_force
+        assert state.status().problems or not state.status().in_force
         killed_at(step, start("kvm"))  # twice in a row
         assert open_ways() <= NATIVE[0]
         start("kvm")()
-        assert guard.status().in_force
-        assert not guard.status().problems
+        assert state.status().in_force
+        assert not state.status().problems
         assert open_ways() == NOTHING
         assert go_on()[-len(WAYS) :] == ["allowed"] * len(WAYS)
     guard.stop()
@@ -145,12 +145,12 @@ def test_the_native_value_found_first_is_what_stop_gives_back(step: str | None) 
 def test_a_killed_upgrade_refuses_and_keeps_the_grants(step: str) -> None:
     start("kvm")()
     with waiting_actor(KVM, "wait", "syscall", "wait", "syscall") as go_on:
-        guard.LOADED.write_text("another object")
+        state.LOADED.write_text("another object")
         assert killed_at(step, lambda: guard.start(Policy(), None)) or step == "set the native knob"
         assert open_ways() == NOTHING
         assert open_ways(KVM) == set(WAYS)
         guard.start(Policy(), None)
-        status = guard.status()
+        status = state.status()
         assert (status.in_force, status.mode, status.problems) == (True, Mode.KVM, [])
         assert open_ways() == NOTHING
         # What a start in between found incomplete it did not trust: then, and only then, the grant is gone.
@@ -167,7 +167,7 @@ def test_a_killed_change_is_as_lax_as_the_laxer_and_start_mends_it(old: str, new
     assert killed_at(step, switch(new)) is not same_knob
     assert open_ways() <= lax[old] | lax[new]
     guard.start(Policy(), None)
-    status = guard.status()
+    status = state.status()
     assert status.mode in (old, new)
     assert not status.problems
     assert open_ways() == lax[str(status.mode)]
@@ -178,9 +178,9 @@ def test_a_killed_change_to_disabled_is_mended(step: str) -> None:
     start("kvm")()
     assert killed_at(step, switch("disabled"))
     assert open_ways() == NOTHING
-    assert guard.status().drift is (step in ("ask", "set the native knob"))
+    assert state.status().drift is (step in ("ask", "set the native knob"))
     guard.start(Policy(), None)
-    assert not guard.status().problems
+    assert not state.status().problems
     assert open_ways() == NOTHING
 
 
@@ -189,11 +189,11 @@ def test_a_killed_stop_is_not_laxer_than_without_a_policy_and_can_be_repeated(st
     start("kvm")()
     assert killed_at(step, guard.stop)
     assert open_ways() <= NATIVE[0]
-    assert guard.status().problems or not guard.status().in_force or step == STOP[0]
+    assert state.status().problems or not state.status().in_force or step == STOP[0]
     killed_at(step, guard.stop)
     assert open_ways() <= NATIVE[0]
     guard.stop()
-    assert not guard.status().in_force
+    assert not state.status().in_force
     assert knob() == 0
 
 
@@ -202,30 +202,30 @@ def test_a_killed_stop_can_be_followed_by_a_start(step: str) -> None:
     start("kvm")()
     assert killed_at(step, guard.stop)
     start("kvm")()
-    assert not guard.status().problems
+    assert not state.status().problems
     assert open_ways() == NOTHING
     assert open_ways(KVM) == set(WAYS)
 
 
-@pytest.mark.parametrize("part", guard.PARTS)
+@pytest.mark.parametrize("part", state.PARTS)
 def test_a_missing_pin_is_named_and_mended_and_the_mode_stays(part: str) -> None:
     start("kvm")()
-    (guard.PINS / part).unlink()
-    assert guard.status().problems == [f"{part} is not pinned (No such file or directory)"] or part in (
+    (state.PINS / part).unlink()
+    assert state.status().problems == [f"{part} is not pinned (No such file or directory)"] or part in (
         "grants",
         "counts",
         "policy",
         "witness",
     )
-    assert guard.status().problems
+    assert state.status().problems
     assert open_ways() <= NATIVE[1]
     if part != "decide":
         assert open_ways() == NOTHING
     guard.start(Policy(Mode.DISABLED), None)
-    assert not guard.status().problems
+    assert not state.status().problems
     assert open_ways() == NOTHING
     if part != "policy":  # the mode was in there
-        assert guard.status().mode is Mode.KVM
+        assert state.status().mode is Mode.KVM
 
 
 def test_the_policy_decides_with_no_process_of_ours_alive() -> None:
@@ -237,25 +237,25 @@ def test_the_policy_decides_with_no_process_of_ours_alive() -> None:
 def test_start_again_does_nothing_and_keeps_the_mode() -> None:
     start("kvm")()
     assert guard.start(Policy(Mode.ENABLED), None) is False
-    assert guard.current_mode() is Mode.KVM
+    assert state.current_mode() is Mode.KVM
     assert guard.start(Policy(), Mode.ENABLED) is True
-    assert guard.current_mode() is Mode.ENABLED
+    assert state.current_mode() is Mode.ENABLED
 
 
 def test_start_mends_a_native_knob_that_somebody_changed() -> None:
     start("disabled")()
     Path("/proc", native.KNOB).write_text("1\n")
-    assert guard.status().drift
+    assert state.status().drift
     assert open_ways() == NOTHING
     assert guard.start(Policy(), None) is True
     assert knob() == 0
-    assert not guard.status().drift
+    assert not state.status().drift
 
 
 def test_a_stopped_policy_leaves_the_native_knob_closed_when_the_record_is_lost() -> None:
     start("kvm")()
-    guard.FOUND.unlink()
-    assert "stop will leave the native knob at 0" in guard.status().problems[0]
+    state.FOUND.unlink()
+    assert "stop will leave the native knob at 0" in state.status().problems[0]
     guard.stop()
     assert knob() == 0
 
@@ -272,7 +272,7 @@ def test_many_at_once_are_serialised() -> None:
             os._exit(1)
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * len(jobs)
     start("kvm")()
-    assert not guard.status().problems
+    assert not state.status().problems
     assert open_ways() == NOTHING
 
 
@@ -302,7 +302,7 @@ def test_a_hundred_changes_at_once_while_others_ask() -> None:
     asker.join()
     assert ended == [0] * len(pids)
     assert answers == {"EPERM"}
-    assert not guard.status().problems
+    assert not state.status().problems
 
 
 class TestSabotage:
@@ -320,7 +320,7 @@ class TestSabotage:
         assert (outcome.status, outcome.out) == (1, "")
         assert outcome.err.count("\n") == 1
         assert knob() == native_value
-        assert not guard.PINS.exists()
+        assert not state.PINS.exists()
         assert not native.RUN.exists()
         assert open_ways() == NATIVE[native_value]
         return outcome.err
@@ -362,7 +362,7 @@ class TestSabotage:
             variant("return strict ? -EACCES : -EPERM;", "return 0;")
             with pytest.raises(Failure, match="answers wrongly"):
                 start("enabled")()
-            assert guard.status().mode is Mode.KVM
-            assert not guard.status().problems
+            assert state.status().mode is Mode.KVM
+            assert not state.status().problems
             assert open_ways() == NOTHING
             assert go_on()[-len(WAYS) :] == ["allowed"] * len(WAYS)

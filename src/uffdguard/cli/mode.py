@@ -16,9 +16,12 @@ def command(mode: Mode | None) -> None:
     Without MODE, print the modes that exist with the current one in brackets. With MODE (disabled, enabled, or
     on a kernel with KVM kvm), switch to it.
     """
-    from uffdguard import guard
-
     if mode:
+        from uffdguard import guard
+
         guard.set_mode(mode)
     else:
-        click.echo(interface_line(guard.current_mode(), guard.modes()))
+        from uffdguard import state
+        from uffdguard.kernel import native
+
+        click.echo(interface_line(state.current_mode(), native.modes()))

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from uffdguard.guard import Status
+    from uffdguard.state import Status
 
 
 @click.command("status")
@@ -19,10 +19,10 @@ def command(json: bool) -> None:
     """
     from dataclasses import asdict
 
-    from uffdguard import guard
+    from uffdguard import state
     from uffdguard.cli import render
 
-    status = guard.status()
+    status = state.status()
     if json:
         render.as_json(asdict(status))
     else:

@@ -16,9 +16,9 @@ class ModeWord(click.ParamType[Mode]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Mode:
         """Return the mode, or fail with the words that exist."""
-        from uffdguard import guard
+        from uffdguard.kernel import native
 
-        words = guard.modes()
+        words = native.modes()
         if value not in words:
             raise click.UsageError(f"there is no mode {value!r}; the modes are {', '.join(words)}", ctx)
         return Mode(value)

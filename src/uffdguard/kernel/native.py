@@ -13,6 +13,7 @@ import os
 from pathlib import Path
 
 from uffdguard.errors import Failure
+from uffdguard.policy import Mode
 
 #: Where the state of this boot is; only root may enter.
 RUN = Path("/run/uffdguard")
@@ -81,6 +82,16 @@ def write_knob(value: int) -> None:
     (PROC / KNOB).write_text(f"{value}\n")
 
 
+def need_root(what: str) -> None:
+    """Make sure that we are root.
+
+    :param what: the end of the sentence "only root ...".
+    :raises Failure: we are not.
+    """
+    if os.geteuid() != 0:
+        raise Failure(f"only root {what}", "run it as root, e.g. with sudo")
+
+
 def drop_capabilities() -> None:
     """Give up all capabilities of this process, capset(2): setuid(2) alone leaves them under some securebits."""
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
@@ -97,3 +108,17 @@ def has_kvm() -> bool:
             if b"/kvm.ko" in (MODULES / os.uname().release / name).read_bytes():
                 return True
     return False
+
+
+def modes() -> tuple[Mode, ...]:
+    """Return the modes that exist on this kernel: ``kvm`` only where there is KVM."""
+    return tuple(mode for mode in Mode if mode is not Mode.KVM or has_kvm())
+
+
+def check_mode(mode: Mode) -> None:
+    """Make sure that MODE exists on this kernel.
+
+    :raises Failure: it does not.
+    """
+    if mode not in modes():
+        raise Failure("mode kvm does not exist here: this kernel has no KVM", "use disabled or enabled")

@@ -1,0 +1,84 @@
+"""See the policy answer: nothing is trusted that was not seen to refuse."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+from uffdguard.errors import Failure
+from uffdguard.kernel import layout, libbpf, native, probe
+from uffdguard.policy import Reason, Request
+
+
+class Asker:
+    """A child without privileges that asks for userfaultfds, to see what the policy answers. A context manager.
+
+    It never opens /dev/kvm. /dev/userfaultfd is opened for it by root, because creations through it are not
+    governed by the native knob: with the knob at 0 a refused system call would prove nothing of ours.
+    """
+
+    REQUEST = Request()
+
+    def __enter__(self) -> Asker:
+        self._socket, theirs = socket.socketpair()
+        with theirs:
+            device = os.open(native.DEV_USERFAULTFD, os.O_RDWR | os.O_CLOEXEC)
+            self.pid = os.fork()
+            if self.pid == 0:
+                status = 1
+                try:
+                    self._socket.close()
+                    self._serve(theirs, device)
+                    status = 0
+                finally:
+                    os._exit(status)
+            os.close(device)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._socket.close()
+        os.waitpid(self.pid, 0)
+
+    @staticmethod
+    def _serve(server: socket.socket, device: int) -> None:
+        # Its user stays root: capabilities are all that the kernel and the policy ask about, and whoever serves the
+        # interface file has none left by which to become another.
+        native.drop_capabilities()
+        while question := server.recv(1):
+            answer = probe.device_ioctl(device) if question == b"d" else probe.syscall()
+            server.send(bytes([answer]))
+
+    def _answer(self, question: bytes) -> int:
+        self._socket.send(question)
+        answer = self._socket.recv(1)
+        if not answer:
+            raise Failure("the process that tries the policy has died", "try again")
+        return answer[0]
+
+    def ask(self, witness: int, expected: Reason, *, strict: bool = False, by_syscall: bool = False) -> None:
+        """Ask once, and see that the kernel side decided just this, and that the answer followed.
+
+        :param witness: the descriptor of the loaded programs' ``witness`` map.
+        :param strict: be decided about as if the mode were ``disabled``, and refused with EACCES: only the programs
+            of this ``witness`` refuse so, while an older load that is attached as well can but give EPERM.
+        :raises Failure: the policy does not answer as it must.
+        """
+        libbpf.write(witness, layout.Witness(tgid=self.pid, strict=strict))
+        answer = self._answer(b"s" if by_syscall else b"d")
+        seen = libbpf.read(witness, layout.Witness)
+        libbpf.write(witness, layout.Witness())
+        if seen.decisions != 1:
+            raise Failure(
+                f"the policy does not answer: a trial process was {'refused' if answer else 'allowed'} a userfaultfd"
+                f" and {seen.decisions} decisions were recorded",
+                "nothing was put in force; is bpf among the LSMs of this kernel? see uffdguard doctor",
+            )
+        reason = layout.REASONS[seen.reason]
+        refusal = errno.EACCES if strict else errno.EPERM
+        if reason is not expected or answer != (0 if expected.allowed else refusal):
+            raise Failure(
+                f"the policy answers wrongly: a trial process got {os.strerror(answer) if answer else 'a userfaultfd'}"
+                f" ({reason}) where {expected} was due",
+                "nothing was put in force; please report this with the kernel's version",
+            )

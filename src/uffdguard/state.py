@@ -1,0 +1,173 @@
+"""How things stand: what is pinned, whether it belongs together, what is remembered, and what was decided.
+
+What is in force lives in the kernel: three links and four maps, pinned in a directory of bpffs that only root
+may enter. What else must be remembered until stop lies in /run/uffdguard. Nothing here changes anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from uffdguard.errors import Failure
+from uffdguard.kernel import layout, libbpf, native
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from uffdguard.policy import Mode, Policy, Reason
+
+PINS = native.BPFFS / "uffdguard"
+#: The native knob as it was found at the first start: written once, removed by stop.
+FOUND = native.RUN / "native"
+#: The object that was loaded, by its hash: written when a start has come to its end.
+LOADED = native.RUN / "object"
+
+#: Each link is pinned under the name of its program; with the maps that its program uses.
+LINKS = {
+    "grant": {"grants", "counts"},
+    "forget": {"grants", "counts"},
+    "decide": {"grants", "counts", "policy", "witness"},
+}
+#: The order of pinning: ``decide`` last, so that who finds it finds all the others too.
+PARTS = ("grants", "counts", "policy", "witness", *LINKS)
+
+
+@dataclass
+class Pinned:
+    """What is pinned: descriptors by name, and what is wrong with them."""
+
+    fds: dict[str, int] = field(default_factory=dict)
+    programs: dict[str, libbpf.ProgramInfo] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def has(self, *links: str) -> bool:
+        """Tell whether these links are pinned, and with them the maps that their programs use."""
+        return all(link in self.programs for link in links)
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything is there and belongs together."""
+        return self.has(*LINKS)
+
+    def policy(self) -> Policy | None:
+        """Return the policy that is set, or None when its map is not there or says nothing known."""
+        if "policy" not in self.fds:
+            return None
+        try:
+            return libbpf.read(self.fds["policy"], layout.Word).policy()
+        except (OSError, IndexError):
+            return None
+
+
+@contextlib.contextmanager
+def pinned() -> Iterator[Pinned]:
+    """Open everything that is pinned, and see whether it belongs together."""
+    with contextlib.ExitStack() as stack:
+        found = Pinned()
+        ids = {}
+        for part in PARTS:
+            try:
+                fd = found.fds[part] = libbpf.get(PINS / part)
+            except OSError as error:
+                found.problems.append(f"{part} is not pinned ({os.strerror(error.errno or 0)})")
+                continue
+            stack.callback(os.close, fd)
+            if part not in LINKS:
+                ids[part] = libbpf.info(fd, libbpf.MapInfo).id
+                continue
+            try:
+                program, used = libbpf.program_of_link(fd)
+            except OSError as error:
+                found.problems.append(f"{part} is not a link ({os.strerror(error.errno or 0)})")
+                continue
+            strange = sorted(name for name in LINKS[part] if ids.get(name) not in used)
+            if program.name.decode() != part:
+                found.problems.append(f"{part} is the link of another program")
+            elif strange:
+                found.problems.append(f"{part} does not use the pinned {' and '.join(strange)}")
+            else:
+                found.programs[part] = program
+        yield found
+
+
+def current_mode() -> Mode:
+    """Return the mode in force.
+
+    :raises Failure: none is in force, or it cannot be told.
+    """
+    native.need_root("can see the mode")
+    with pinned() as found:
+        policy = found.policy()
+        if policy is None or not found.has("decide"):
+            raise Failure("the policy is not in force", "run uffdguard start")
+        return policy.mode
+
+
+@dataclass(frozen=True)
+class Status:
+    """How things stand. The names are those of ``status --json``."""
+
+    in_force: bool
+    mode: Mode | None
+    user_mode_only: bool | None
+    since: str | None  # local time, ISO 8601
+    kernel: str
+    native_knob: int
+    drift: bool  # the native knob does not fit the mode
+    pins: dict[str, bool]
+    skipped: int  # times the kernel skipped grant or forget
+    lost: int  # grants that could not be recorded
+    grants: int
+    allowed: int
+    refused: int
+    decisions: dict[Reason, int]
+    problems: list[str]
+
+
+def status() -> Status:
+    """Find out how things stand. Changes nothing."""
+    native.need_root("can see the state of the policy")
+    with pinned() as found:
+        policy = found.policy() if found.has("decide") else None
+        counts = libbpf.read(found.fds["counts"], layout.Counts) if "counts" in found.fds else layout.Counts()
+        knob = native.read_knob()
+        left = bool(found.fds) or FOUND.exists() or LOADED.exists()
+        problems = list(found.problems) if left else []
+        drift = policy is not None and knob != policy.mode.native_value
+        if policy and drift:
+            problems.append(
+                f"the native knob is {knob} and not {policy.mode.native_value}: "
+                + ("processes that the mode allows are refused" if knob == 0 else "the net below the policy is open")
+            )
+        if policy and not LOADED.exists():
+            problems.append("the last start did not come to its end")
+        if policy and not FOUND.exists():
+            problems.append(f"{FOUND} is gone: stop will leave the native knob at 0")
+        decisions = counts.by_reason()
+        return Status(
+            in_force=policy is not None,
+            mode=policy.mode if policy else None,
+            user_mode_only=policy.user_mode_only if policy else None,
+            since=_local_time(found.programs["decide"].load_time) if policy else None,
+            kernel=os.uname().release,
+            native_knob=knob,
+            drift=drift,
+            pins={part: part in found.fds for part in PARTS},
+            skipped=sum(program.recursion_misses for program in found.programs.values()),
+            lost=counts.lost,
+            grants=counts.grants,
+            allowed=sum(number for reason, number in decisions.items() if reason.allowed),
+            refused=sum(number for reason, number in decisions.items() if not reason.allowed),
+            decisions=decisions,
+            problems=problems,
+        )
+
+
+def _local_time(since_boot: int) -> str:
+    """Return a kernel's time since boot, in ns, as local time, ISO 8601 to the second."""
+    seconds = time.time() - (time.clock_gettime_ns(time.CLOCK_BOOTTIME) - since_boot) / 1e9
+    return time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(seconds))
