@@ -126,7 +126,8 @@ struct counts counts SEC(".data.counts") = {};
  * The one process whose decisions `uffdguard start` watches before it trusts this program. While `strict`, it
  * is decided about as if the mode were `disabled`, so that a refusal can be seen whatever the mode; and refused
  * with EACCES, which no other refusal gives, so that in an upgrade the older program, which is attached as well,
- * cannot be what refused. Each load of this object has its own.
+ * cannot be what refused. Each load of this object has its own. What it asks is no use of userfaultfd, and is not
+ * among the counts.
  */
 struct witness {
 	int tgid;
@@ -233,10 +234,11 @@ int BPF_PROG(decide, struct inode *inode, const struct qstr *name, const struct 
 	reason = reason_of(task, now);
 	if (reason >= NR_REASONS) /* never; the verifier cannot know */
 		return -EPERM;
-	count(&counts.decisions[reason], 1);
 	if (is_witness) {
 		witness.reason = reason;
 		witness.decisions++;
+	} else {
+		count(&counts.decisions[reason], 1);
 	}
 	if (reason < REASON_DISABLED)
 		return 0;
