@@ -18,7 +18,7 @@ from uffdguard.errors import Failure
 from uffdguard.kernel import features, layout, libbpf, native
 from uffdguard.policy import Mode, Policy, Reason, decide
 from uffdguard.proof import Asker
-from uffdguard.state import FOUND, LINKS, LOADED, PARTS, PINS, Pinned, pinned
+from uffdguard.state import FOUND, LINKS, LOADED, PARTS, PINS, Pinned, foreign_pins, pinned
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -60,21 +60,32 @@ def step(name: str) -> None:
 @contextlib.contextmanager
 def locked() -> Iterator[None]:
     """Be the only one who changes anything: an flock(2) on /run/uffdguard, which is made if it is missing."""
+    fd = _lock()
+    try:
+        yield
+    finally:
+        # By the holder alone and before the lock is released: who removes a directory that another has locked lets
+        # a third make and lock a new one.
+        _remove_if_empty(native.RUN)
+        os.close(fd)
+
+
+def _lock() -> int:
     while True:
-        native.RUN.mkdir(mode=0o700, exist_ok=True)
-        fd = os.open(native.RUN, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        with contextlib.suppress(FileExistsError):
+            native.RUN.mkdir(mode=0o700)
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            # A stop may have removed the directory while we waited for its lock.
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(fd), native.RUN.lstat()):
-                    os.fchown(fd, 0, 0)
-                    os.fchmod(fd, 0o700)
-                    yield
-                    return
-        finally:
-            os.close(fd)
-            _remove_if_empty(native.RUN)
+            fd = os.open(native.RUN, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            continue
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        # Its holder may have removed the directory while we waited.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(fd), native.RUN.lstat()):
+                os.fchown(fd, 0, 0)
+                os.fchmod(fd, 0o700)
+                return fd
+        os.close(fd)
 
 
 def start(configured: Policy, mode: Mode | None = None) -> bool:
@@ -89,6 +100,8 @@ def start(configured: Policy, mode: Mode | None = None) -> bool:
     """
     features.require()
     with locked(), pinned() as found, contextlib.ExitStack() as held, contextlib.ExitStack() as undo:
+        if problem := foreign_pins():
+            raise Failure(problem, "remove it and run start again")
         current = found.policy() if found.has("decide") or LOADED.exists() else None
         wanted = Policy(mode or (current or configured).mode, configured.user_mode_only)
         native.check_mode(wanted.mode)
@@ -99,7 +112,7 @@ def start(configured: Policy, mode: Mode | None = None) -> bool:
             _write(FOUND, str(0 if found.has("decide") else native.read_knob()))
             undo.callback(FOUND.unlink)
         if found.complete and _same_object():
-            changed = current != wanted or native.read_knob() != wanted.mode.native_value
+            changed = current != wanted or native.read_knob() != wanted.mode.native_value or _is_armed(found)
             if changed:
                 _change(found.fds, wanted, undo)
             undo.pop_all()
@@ -131,18 +144,21 @@ def _mount(undo: contextlib.ExitStack) -> None:
 def _replace(found: Pinned, wanted: Policy, held: contextlib.ExitStack, undo: contextlib.ExitStack) -> None:
     """Load, attach, try and pin the programs of our object; the older ones decide until the new ones have proved.
 
-    The maps are kept when no hook that fills them was ever missing, so that running virtual machines keep
-    their grants. Otherwise the grants begin anew and empty: a repair grants nobody.
+    The policy is kept where a program decides by it: older and newer are attached together for a while. The grants
+    are kept when no hook that fills them was ever missing, so that running virtual machines keep theirs; otherwise
+    they begin anew and empty: a repair grants nobody.
     """
     first = not found.has("decide") and not LOADED.exists()
-    keep = {"grants", "counts"} if not first and found.has("grant", "forget") else set()
-    if found.complete:
-        keep.add("policy")
+    keep = {"policy"} if found.has("decide") else set()
+    if not first and found.has("grant", "forget"):
+        keep |= {"grants", "counts"}
     try:
         obj = held.enter_context(libbpf.Object(features.OBJECT))
         layout.check(obj)
         for name in keep:
-            obj.reuse(layout.map_name(name), found.fds[name])
+            # Another version may have another number of reasons to count.
+            if obj.map_size(layout.map_name(name))[0] == libbpf.info(found.fds[name], libbpf.MapInfo).value_size:
+                obj.reuse(layout.map_name(name), found.fds[name])
         step("load")
         obj.load()
     except OSError as error:
@@ -161,7 +177,6 @@ def _replace(found: Pinned, wanted: Policy, held: contextlib.ExitStack, undo: co
         raise Failure(f"cannot attach the policy: {error}", "see uffdguard doctor") from error
     _change(fds, wanted, undo, pin_over=found)
     step("record the object")
-    undo.callback(LOADED.unlink, missing_ok=True)
     _write(LOADED, _object_hash())
 
 
@@ -223,9 +238,11 @@ def set_mode(mode: Mode) -> None:
     native.check_mode(mode)
     with locked(), pinned() as found, contextlib.ExitStack() as undo:
         current = found.policy()
-        if not found.complete or current is None or not native.PROC.is_mount():
+        if not native.PROC.is_mount():
+            found.problems.append(f"no procfs is mounted on {native.PROC}")
+        if not found.complete or current is None:
             raise Failure(
-                "the policy is not in force" if not found.fds else f"the policy is damaged: {found.problems[0]}",
+                f"the policy is damaged: {', '.join(found.problems)}" if found.pins else "the policy is not in force",
                 "run uffdguard start",
             )
         _change(found.fds, Policy(mode, current.user_mode_only), undo)
@@ -241,7 +258,7 @@ def stop() -> bool:
     """
     native.need_root("takes the policy out of force")
     with locked(), contextlib.ExitStack() as undo:
-        left = sorted(PINS.iterdir()) if PINS.is_dir() else []
+        left = sorted(PINS.iterdir()) if PINS.is_dir() and not foreign_pins() else []
         if not (left or FOUND.exists() or native.PROC.exists() or LOADED.exists()):
             return False
         _mount(undo)
@@ -254,17 +271,25 @@ def stop() -> bool:
             if path.name in PARTS:
                 step(f"unpin {path.name}")
             path.unlink()
-        if PINS.is_dir():
+        if left:
             PINS.rmdir()
         LOADED.unlink(missing_ok=True)
         step("restore the native knob")
         if FOUND.exists():
-            native.write_knob(int(FOUND.read_text()))
+            # Only a 1 that was found opens it; what cannot be read does not.
+            native.write_knob(int(FOUND.read_text().strip() == "1"))
             FOUND.unlink()
+        for path in native.RUN.glob("*.new"):
+            path.unlink()
         step("unmount procfs")
         native.unmount(native.PROC)
         native.PROC.rmdir()
         return True
+
+
+def _is_armed(found: Pinned) -> bool:
+    """Tell whether a trial was killed before it had let its witness go; who gets its pid would be taken for it."""
+    return bool(libbpf.read(found.fds["witness"], layout.Witness).tgid)
 
 
 def _object_hash() -> str:
@@ -278,8 +303,11 @@ def _same_object() -> bool:
 def _write(path: Path, text: str) -> None:
     """Write a file so that it is there whole or not at all."""
     fresh = path.with_name(f"{path.name}.new")
-    fresh.write_text(text)
-    fresh.rename(path)
+    try:
+        fresh.write_text(text)
+        fresh.rename(path)
+    finally:
+        fresh.unlink(missing_ok=True)
 
 
 def _remove_if_empty(directory: Path) -> None:

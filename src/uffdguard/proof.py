@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import signal
 import socket
 
 from uffdguard.errors import Failure
@@ -19,9 +20,12 @@ class Asker:
     """
 
     REQUEST = Request()
+    #: Seconds.
+    PATIENCE = 20.0
 
     def __enter__(self) -> Asker:
         self._socket, theirs = socket.socketpair()
+        self._socket.settimeout(self.PATIENCE)
         with theirs:
             device = os.open(native.DEV_USERFAULTFD, os.O_RDWR | os.O_CLOEXEC)
             self.pid = os.fork()
@@ -38,6 +42,7 @@ class Asker:
 
     def __exit__(self, *error: object) -> None:
         self._socket.close()
+        os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
 
     @staticmethod
@@ -45,15 +50,24 @@ class Asker:
         # Its user stays root: capabilities are all that the kernel and the policy ask about, and whoever serves the
         # interface file has none left by which to become another.
         native.drop_capabilities()
+        # It ends when we do, by the end of the socket, and not with what else a terminal interrupts.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # The lock above all, which must not outlast us.
+        low, high = sorted((server.fileno(), device))
+        for first, last in ((3, low), (low + 1, high), (high + 1, os.sysconf("SC_OPEN_MAX"))):
+            os.closerange(first, last)
         while question := server.recv(1):
             answer = probe.device_ioctl(device) if question == b"d" else probe.syscall()
             server.send(bytes([answer]))
 
     def _answer(self, question: bytes) -> int:
-        self._socket.send(question)
-        answer = self._socket.recv(1)
+        try:
+            self._socket.send(question)
+            answer = self._socket.recv(1)
+        except OSError:
+            answer = b""
         if not answer:
-            raise Failure("the process that tries the policy has died", "try again")
+            raise Failure("the process that tries the policy does not answer", "try again")
         return answer[0]
 
     def ask(self, witness: int, expected: Reason, *, strict: bool = False, by_syscall: bool = False) -> None:

@@ -7,7 +7,9 @@ may enter. What else must be remembered until stop lies in /run/uffdguard. Nothi
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -40,18 +42,20 @@ PARTS = ("grants", "counts", "policy", "witness", *LINKS)
 class Pinned:
     """What is pinned: descriptors by name, and what is wrong with them."""
 
+    #: Of links, the pinned ones; of maps, those that the pinned ``decide`` uses, else the pinned ones.
     fds: dict[str, int] = field(default_factory=dict)
     programs: dict[str, libbpf.ProgramInfo] = field(default_factory=dict)
+    pins: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
 
     def has(self, *links: str) -> bool:
-        """Tell whether these links are pinned, and with them the maps that their programs use."""
+        """Tell whether these links are pinned, and use the maps in ``fds``."""
         return all(link in self.programs for link in links)
 
     @property
     def complete(self) -> bool:
         """Whether everything is there and belongs together."""
-        return self.has(*LINKS)
+        return self.has(*LINKS) and not self.problems
 
     def policy(self) -> Policy | None:
         """Return the policy that is set, or None when its map is not there or says nothing known."""
@@ -63,12 +67,27 @@ class Pinned:
             return None
 
 
+def foreign_pins() -> str | None:
+    """Tell what is wrong with the directory of the pins: a bpffs may let anybody make one of that name."""
+    try:
+        found = PINS.lstat()
+    except OSError:
+        return None
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid or stat.S_IMODE(found.st_mode) != 0o700:
+        return f"{PINS} is not a directory that only root may enter"
+    return None
+
+
 @contextlib.contextmanager
 def pinned() -> Iterator[Pinned]:
     """Open everything that is pinned, and see whether it belongs together."""
     with contextlib.ExitStack() as stack:
         found = Pinned()
-        ids = {}
+        if problem := foreign_pins():
+            found.problems.append(problem)
+            yield found
+            return
+        used: dict[str, dict[str, int]] = {}
         for part in PARTS:
             try:
                 fd = found.fds[part] = libbpf.get(PINS / part)
@@ -76,21 +95,30 @@ def pinned() -> Iterator[Pinned]:
                 found.problems.append(f"{part} is not pinned ({os.strerror(error.errno or 0)})")
                 continue
             stack.callback(os.close, fd)
+            found.pins.add(part)
             if part not in LINKS:
-                ids[part] = libbpf.info(fd, libbpf.MapInfo).id
                 continue
             try:
-                program, used = libbpf.program_of_link(fd)
+                program = libbpf.program_of_link(fd)
+                if program.name.decode() != part:
+                    raise OSError(errno.EINVAL, "")
+                maps = libbpf.maps_of(program, {layout.map_name(name): name for name in LINKS[part]})
             except OSError as error:
-                found.problems.append(f"{part} is not a link ({os.strerror(error.errno or 0)})")
+                found.problems.append(f"{part} is not a link of ours ({os.strerror(error.errno or 0)})")
                 continue
-            strange = sorted(name for name in LINKS[part] if ids.get(name) not in used)
-            if program.name.decode() != part:
-                found.problems.append(f"{part} is the link of another program")
-            elif strange:
-                found.problems.append(f"{part} does not use the pinned {' and '.join(strange)}")
-            else:
-                found.programs[part] = program
+            for fd in maps.values():
+                stack.callback(os.close, fd)
+            found.programs[part] = program
+            used[part] = maps
+        for name, fd in used.get("decide", {}).items():
+            if name in found.pins and not libbpf.same_map(fd, found.fds[name]):
+                found.problems.append(f"decide does not use the pinned {name}")
+            found.fds[name] = fd
+        for link, maps in used.items():
+            strange = [name for name in LINKS[link] if not libbpf.same_map(maps.get(name), found.fds.get(name))]
+            if strange:
+                found.problems.append(f"{link} does not use the {' and '.join(sorted(strange))} of decide")
+                del found.programs[link]
         yield found
 
 
@@ -133,9 +161,12 @@ def status() -> Status:
     native.need_root("can see the state of the policy")
     with pinned() as found:
         policy = found.policy() if found.has("decide") else None
-        counts = libbpf.read(found.fds["counts"], layout.Counts) if "counts" in found.fds else layout.Counts()
+        counts = witness = None
+        with contextlib.suppress(OSError, KeyError):
+            counts = libbpf.read(found.fds["counts"], layout.Counts)
+            witness = libbpf.read(found.fds["witness"], layout.Witness)
         knob = native.read_knob()
-        left = bool(found.fds) or FOUND.exists() or LOADED.exists()
+        left = bool(found.pins) or bool(foreign_pins()) or FOUND.exists() or LOADED.exists()
         problems = list(found.problems) if left else []
         drift = policy is not None and knob != policy.mode.native_value
         if policy and drift:
@@ -145,8 +176,15 @@ def status() -> Status:
             )
         if policy and not LOADED.exists():
             problems.append("the last start did not come to its end")
+        if policy and (counts is None or witness is None):
+            problems.append("the counts are those of another version of uffdguard")
+        if witness and witness.tgid:
+            problems.append(f"the last trial of the policy did not come to its end: pid {witness.tgid} is its child")
+        if policy and not native.PROC.is_mount():
+            problems.append(f"no procfs is mounted on {native.PROC}")
         if policy and not FOUND.exists():
             problems.append(f"{FOUND} is gone: stop will leave the native knob at 0")
+        counts = counts or layout.Counts()
         decisions = counts.by_reason()
         return Status(
             in_force=policy is not None,
@@ -156,7 +194,7 @@ def status() -> Status:
             kernel=os.uname().release,
             native_knob=knob,
             drift=drift,
-            pins={part: part in found.fds for part in PARTS},
+            pins={part: part in found.pins for part in PARTS},
             skipped=sum(program.recursion_misses for program in found.programs.values()),
             lost=counts.lost,
             grants=counts.grants,

@@ -132,6 +132,34 @@ def test_doctor_finds_nothing_missing_here() -> None:
     assert not native.RUN.exists()
 
 
+def test_doctor_works_for_an_ordinary_user_while_a_policy_is_in_force(in_force: Callable[..., None]) -> None:
+    in_force("kvm")
+    outcome = uffdguard("doctor", "--json", user=USER)
+    rows = {row["name"]: row for row in json.loads(outcome.out)}
+    assert (outcome.status, outcome.err) == (1, "")
+    assert (rows["privileges"]["state"], rows["sysctl"]["state"]) == ("missing", "ok")
+
+
+def test_a_procfs_of_ours_that_is_gone_is_named_and_mended(in_force: Callable[..., None]) -> None:
+    in_force("kvm")
+    native.unmount(native.PROC)
+    assert "no procfs is mounted on /run/uffdguard/proc" in uffdguard("status").out
+    assert "no procfs is mounted on /run/uffdguard/proc; run uffdguard start" in uffdguard("mode", "enabled").err
+    assert uffdguard("start").status == 0
+    assert uffdguard("status").status == 0
+
+
+def test_a_compiled_program_that_is_missing_is_told_on_one_line(
+    in_force: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    in_force("kvm")
+    monkeypatch.setattr(features, "OBJECT", tmp_path / "guard.bpf.o")
+    outcome = uffdguard("start")
+    assert (outcome.status, outcome.out, outcome.err.count("\n")) == (1, "", 1)
+    assert "guard.bpf.o: No such file or directory" in outcome.err
+    assert uffdguard("mode").out == "disabled enabled [kvm]\n"
+
+
 class TestWhatIsMissing:
     """One clear line with what to do, exit status 1, nothing left behind."""
 

@@ -74,6 +74,11 @@ def main(arguments: list[str] | None = None) -> Any:
         # The reader has gone: nobody to tell. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
+    except OSError as error:
+        if "--debug" in arguments:
+            raise
+        what = f"{error.filename}: " if error.filename else ""
+        fail(f"uffdguard: {what}{os.strerror(error.errno or 0)}; what was begun was undone; --debug shows more", 1)
 
 
 def fail(line: str, status: int) -> None:

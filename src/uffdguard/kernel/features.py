@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from dataclasses import dataclass
@@ -73,7 +74,16 @@ def _namespaces() -> Row:
     for kind, inode in INITIAL_NAMESPACES.items():
         if Path(f"/proc/self/ns/{kind}").stat().st_ino != inode:
             return Row("namespaces", "missing", f"not in the initial {kind} namespace", "run it on the host itself")
-    return Row("namespaces", "ok", "initial user and pid namespaces")
+    # Only root may look; others are told by the row above.
+    with contextlib.suppress(OSError):
+        if not Path("/proc/self/ns/mnt").samefile("/proc/1/ns/mnt"):
+            return Row(
+                "namespaces",
+                "missing",
+                "not in the mount namespace of process 1, and what is mounted here ends with this one",
+                "run it on the host itself, e.g. with nsenter --mount --target 1",
+            )
+    return Row("namespaces", "ok", "initial user and pid namespaces, mount namespace of process 1")
 
 
 def _machine() -> Row:

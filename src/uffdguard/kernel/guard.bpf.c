@@ -13,6 +13,7 @@
 
 #define EPERM 1
 #define EACCES 13
+#define EEXIST 17
 
 #define CAP_SYS_PTRACE 19
 #define FMODE_PATH 0x4000
@@ -249,11 +250,14 @@ int BPF_PROG(decide, struct inode *inode, const struct qstr *name, const struct 
 static __always_inline int record(__u64 id)
 {
 	__u8 value = 1;
+	long error;
 
 	if (!id || bpf_map_lookup_elem(&grants, &id))
 		return 0;
-	if (bpf_map_update_elem(&grants, &id, &value, BPF_NOEXIST)) {
-		count(&counts.lost, 1);
+	error = bpf_map_update_elem(&grants, &id, &value, BPF_NOEXIST);
+	if (error) {
+		if (error != -EEXIST) /* another thread has opened it too */
+			count(&counts.lost, 1);
 		return 0;
 	}
 	count(&counts.grants, 1);

@@ -6,6 +6,7 @@ Every file descriptor that a function here returns belongs to the caller.
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import os
 from ctypes import POINTER, byref, c_bool, c_char, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
@@ -50,7 +51,15 @@ class ProgramInfo(ctypes.Structure):
 class MapInfo(ctypes.Structure):
     """struct bpf_map_info, likewise."""
 
-    _fields_ = tuple((name, c_uint32) for name in ("type", "id", "key_size", "value_size", "max_entries", "map_flags"))
+    _fields_ = (
+        ("type", c_uint32),
+        ("id", c_uint32),
+        ("key_size", c_uint32),
+        ("value_size", c_uint32),
+        ("max_entries", c_uint32),
+        ("map_flags", c_uint32),
+        ("name", c_char * 16),
+    )
 
 
 class LinkInfo(ctypes.Structure):
@@ -120,6 +129,7 @@ def library() -> ctypes.CDLL:
         "bpf_obj_get": [c_char_p],
         "bpf_obj_get_info_by_fd": [c_int, c_void_p, POINTER(c_uint32)],
         "bpf_prog_get_fd_by_id": [c_uint32],
+        "bpf_map_get_fd_by_id": [c_uint32],
         "bpf_iter_create": [c_int],
         "bpf_map_lookup_elem": [c_int, c_void_p, c_void_p],
         "bpf_map_update_elem": [c_int, c_void_p, c_void_p, c_uint64],
@@ -283,21 +293,54 @@ def info(fd: int, kind: type[T]) -> T:
     return result
 
 
-def program_of_link(fd: int) -> tuple[ProgramInfo, set[int]]:
-    """Return what the kernel tells of the program that a link attaches, and the ids of the maps it uses."""
+def program_of_link(fd: int) -> ProgramInfo:
+    """Return what the kernel tells of the program that a link attaches.
+
+    :raises OSError: it is no link; EPERM without CAP_SYS_ADMIN.
+    """
     program = _call("bpf_prog_get_fd_by_id", info(fd, LinkInfo).prog_id)
     try:
-        ids = (c_uint32 * 64)()
-        result = ProgramInfo(nr_map_ids=len(ids), map_ids=ctypes.addressof(ids))
-        _call("bpf_obj_get_info_by_fd", program, byref(result), byref(c_uint32(ctypes.sizeof(result))))
-        return result, set(ids[: min(result.nr_map_ids, len(ids))])
+        return info(program, ProgramInfo)
     finally:
         os.close(program)
 
 
+def maps_of(program: ProgramInfo, names: dict[str, str]) -> dict[str, int]:
+    """Return descriptors of the maps that a program uses, under the NAMES that its object's names stand for.
+
+    :raises OSError: EPERM without CAP_SYS_ADMIN.
+    """
+    fd = _call("bpf_prog_get_fd_by_id", program.id)
+    try:
+        ids = (c_uint32 * 64)()
+        asked = ProgramInfo(nr_map_ids=len(ids), map_ids=ctypes.addressof(ids))
+        _call("bpf_obj_get_info_by_fd", fd, byref(asked), byref(c_uint32(ctypes.sizeof(asked))))
+    finally:
+        os.close(fd)
+    found = {}
+    for number in ids[: min(asked.nr_map_ids, len(ids))]:
+        fd = _call("bpf_map_get_fd_by_id", number)
+        name = names.get(info(fd, MapInfo).name.decode())
+        if name:
+            found[name] = fd
+        else:
+            os.close(fd)
+    return found
+
+
+def same_map(one: int | None, other: int | None) -> bool:
+    """Tell whether two descriptors are of the same map."""
+    return one is not None and other is not None and info(one, MapInfo).id == info(other, MapInfo).id
+
+
 def read(fd: int, kind: type[T]) -> T:
-    """Return the only value of a map that holds one KIND (a section of global data)."""
+    """Return the only value of a map that holds one KIND (a section of global data).
+
+    :raises OSError: EINVAL when the map's value has another size: it belongs to another version of the object.
+    """
     value = kind()
+    if info(fd, MapInfo).value_size != ctypes.sizeof(value):
+        raise OSError(errno.EINVAL, "a map of another layout")
     _call("bpf_map_lookup_elem", fd, byref(c_uint32(0)), byref(value))
     return value
 

@@ -41,7 +41,9 @@ def mount(kind: str, where: Path) -> None:
     :raises OSError: with the kernel's errno.
     """
     flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
-    if _libc().mount(kind.encode(), bytes(where), kind.encode(), flags, None):
+    # A bpffs lets everybody make directories unless told otherwise.
+    options = b"mode=0700" if kind == "bpf" else None
+    if _libc().mount(kind.encode(), bytes(where), kind.encode(), flags, options):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(where))
 
 
@@ -64,10 +66,13 @@ def read_knob() -> int:
 
     :raises Failure: this kernel has no such knob (before 5.2, or built without userfaultfd).
     """
-    # Without our mount nothing of ours is in force, and nothing of ours can cover the file in /proc.
-    root = PROC if (PROC / KNOB).exists() else Path("/proc")
     try:
-        return int((root / KNOB).read_text())
+        try:
+            text = (PROC / KNOB).read_text()
+        except OSError:
+            # Without our mount nothing of ours is in force, and nothing of ours can cover the file in /proc.
+            text = Path("/proc", KNOB).read_text()
+        return int(text)
     except (OSError, ValueError) as error:
         raise Failure(
             f"cannot read vm.unprivileged_userfaultfd: {error}", "the kernel must be built with CONFIG_USERFAULTFD"
