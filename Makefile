@@ -6,7 +6,7 @@ KERNELS ?= 6.12 newest
 # The kernel of `make test-vm` and `make demo`.
 KERNEL ?= 6.12
 
-DEBIAN_PACKAGES = busybox-static clang kmod libbpf-dev libc6-dev python3-venv qemu-system-x86
+DEBIAN_PACKAGES = busybox-static clang file groff-base kmod libbpf-dev libc6-dev libfuse3-3 procps python3-venv qemu-system-x86
 
 VENV = .venv/bin
 OBJECT = src/uffdguard/kernel/guard.bpf.o

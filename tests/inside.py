@@ -98,6 +98,18 @@ def waiting_actor(*steps: str, user: int = USER) -> Iterator[Callable[[], list[s
         process.kill()
 
 
+def forked(job: Callable[[], object]) -> int:
+    """Do JOB in a new process and return its pid; its status is 1 when JOB failed."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            job()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return pid
+
+
 @dataclass
 class Outcome:
     """How a command ended."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import tomllib
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -27,6 +28,16 @@ class File(msgspec.Struct, rename="kebab", forbid_unknown_fields=True):
 
     mode: Mode | msgspec.UnsetType = msgspec.UNSET
     user_mode_only: Literal["deny", "allow"] | msgspec.UnsetType = msgspec.UNSET
+    numeric: Literal["refuse", "accept"] | msgspec.UnsetType = msgspec.UNSET
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """What all files together say."""
+
+    policy: Policy
+    #: Whether the interface file takes mainline's ``0`` and ``1``, too.
+    numeric: bool
 
 
 def files() -> list[Path]:
@@ -34,19 +45,18 @@ def files() -> list[Path]:
     return [path for path in (DEFAULT, ADMINISTRATOR, *sorted(DROP_INS.glob("*.toml"))) if os.path.lexists(path)]
 
 
-def load() -> Policy:
-    """Return the policy that the files ask for.
+def load() -> Configuration:
+    """Return what the files ask for.
 
     :raises Failure: a file cannot be read or says what it may not; names the file, the line and the key.
     """
-    mode, user_mode_only = Policy().mode, "deny"
+    mode, user_mode_only, numeric = Policy().mode, "deny", "refuse"
     for path in files():
         said = read(path)
-        if said.mode is not msgspec.UNSET:
-            mode = said.mode
-        if said.user_mode_only is not msgspec.UNSET:
-            user_mode_only = said.user_mode_only
-    return Policy(mode, user_mode_only == "allow")
+        mode = mode if said.mode is msgspec.UNSET else said.mode
+        user_mode_only = user_mode_only if said.user_mode_only is msgspec.UNSET else said.user_mode_only
+        numeric = numeric if said.numeric is msgspec.UNSET else said.numeric
+    return Configuration(Policy(mode, user_mode_only == "allow"), numeric == "accept")
 
 
 def read(path: Path) -> File:
@@ -73,8 +83,12 @@ def read(path: Path) -> File:
 
 def _key_and_reason(message: str) -> tuple[str, str]:
     """Take msgspec's message apart, and say which words there are."""
-    words: dict[str, list[str]] = {"mode": [*Mode], "user-mode-only": ["deny", "allow"]}
+    words: dict[str, list[str]] = {
+        "mode": [*Mode],
+        "user-mode-only": ["deny", "allow"],
+        "numeric": ["refuse", "accept"],
+    }
     if unknown := re.search(r"unknown field `(.*?)`", message):
-        return unknown[1], f"no such key; there are {' and '.join(words)}"
+        return unknown[1], f"no such key; there are {', '.join(words)}"
     key = message.rsplit("$.", 1)[-1].rstrip("`")
     return key, f"must be one of {', '.join(words.get(key, []))}, in quotes"

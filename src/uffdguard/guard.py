@@ -12,13 +12,16 @@ import fcntl
 import hashlib
 import logging
 import os
+import select
+import signal
+import time
 from typing import TYPE_CHECKING
 
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, layout, libbpf, native
 from uffdguard.policy import Mode, Policy, Reason, decide
 from uffdguard.proof import Asker
-from uffdguard.state import FOUND, LINKS, LOADED, PARTS, PINS, Pinned, foreign_pins, pinned
+from uffdguard.state import FOUND, LINKS, LOADED, PARTS, PINS, SERVER, Pinned, foreign_pins, pinned, read_policy, server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -44,6 +47,7 @@ STEPS = (
     "ask by system call",
     "record the object",
     "close the native knob",
+    "uncover the native file",
     *(f"unpin {part}" for part in reversed(PARTS)),
     "restore the native knob",
     "unmount procfs",
@@ -99,6 +103,7 @@ def start(configured: Policy, mode: Mode | None = None) -> bool:
     :raises Failure: it could not be done; what was done is undone.
     """
     features.require()
+    _await_server()
     with locked(), pinned() as found, contextlib.ExitStack() as held, contextlib.ExitStack() as undo:
         if problem := foreign_pins():
             raise Failure(problem, "remove it and run start again")
@@ -106,6 +111,8 @@ def start(configured: Policy, mode: Mode | None = None) -> bool:
         wanted = Policy(mode or (current or configured).mode, configured.user_mode_only)
         native.check_mode(wanted.mode)
         _mount(undo)
+        if not server():
+            native.uncover()  # what a server that has died left
         if not FOUND.exists():
             step("record the native knob")
             # With a policy in force and its record lost, the knob's value is ours and not what was found.
@@ -114,12 +121,42 @@ def start(configured: Policy, mode: Mode | None = None) -> bool:
         if found.complete and _same_object():
             changed = current != wanted or native.read_knob() != wanted.mode.native_value or _is_armed(found)
             if changed:
-                _change(found.fds, wanted, undo)
+                _change(found.fds, wanted, held.enter_context(Asker()), undo)
             undo.pop_all()
             return changed
         _replace(found, wanted, held, undo)
         undo.pop_all()
         return True
+
+
+def _await_server() -> None:
+    """Let the server of the interface file pin again what it holds and what is not pinned any more."""
+    if not server():
+        return
+    with locked(), contextlib.ExitStack() as undo:
+        _mount(undo)
+        undo.pop_all()
+    end = time.monotonic() + 5
+    while time.monotonic() < end:
+        with pinned() as found:
+            if found.pins == set(PARTS):
+                return
+        time.sleep(0.1)
+
+
+def _end_server() -> None:
+    """End the server of the interface file, which holds references to the programs."""
+    pid = server()
+    if not pid:
+        return
+    process = os.pidfd_open(pid)
+    try:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if server() == pid:
+                signal.pidfd_send_signal(process, number)
+                select.select([process], [], [], 3)
+    finally:
+        os.close(process)
 
 
 def _mount(undo: contextlib.ExitStack) -> None:
@@ -175,41 +212,47 @@ def _replace(found: Pinned, wanted: Policy, held: contextlib.ExitStack, undo: co
             held.callback(os.close, fds[name])
     except OSError as error:
         raise Failure(f"cannot attach the policy: {error}", "see uffdguard doctor") from error
-    _change(fds, wanted, undo, pin_over=found)
+    _change(fds, wanted, held.enter_context(Asker()), undo, pin_over=found)
     step("record the object")
     _write(LOADED, _object_hash())
 
 
-def _change(fds: dict[str, int], wanted: Policy, undo: contextlib.ExitStack, *, pin_over: Pinned | None = None) -> None:
+def _change(
+    fds: dict[str, int],
+    wanted: Policy,
+    asker: Asker,
+    undo: contextlib.ExitStack,
+    *,
+    pin_over: Pinned | None = None,
+) -> None:
     """Set the policy of attached programs, see it answer, and only then let the native knob follow.
 
     :param pin_over: pin FDS in the place of these before the native knob is touched.
     On the way out after a failure the older policy stands again, and the native knob is no laxer than before.
     """
-    expected = decide(wanted, Asker.REQUEST)
+    expected = decide(wanted, asker.REQUEST)
     try:
-        with Asker() as asker:
-            step("ask strictly")
-            asker.ask(fds["witness"], Reason.DISABLED, strict=True)
-            step("set the policy")
-            before = libbpf.read(fds["policy"], layout.Word)
-            libbpf.write(fds["policy"], layout.Word.of(wanted))
-            undo.callback(libbpf.write, fds["policy"], before)
-            step("ask")
-            asker.ask(fds["witness"], expected)
-            if pin_over:
-                for part in PARTS:
-                    step(f"pin {part}")
-                    _pin(part, fds[part], pin_over.fds.get(part), undo)
-            value = native.read_knob()
-            if value != wanted.mode.native_value:
-                step("set the native knob")
-                # Whatever went wrong after this, an older policy of ours or none needs no more than it had.
-                undo.callback(native.write_knob, value)
-                native.write_knob(wanted.mode.native_value)
-            if wanted.mode.native_value:
-                step("ask by system call")
-                asker.ask(fds["witness"], expected, by_syscall=True)
+        step("ask strictly")
+        asker.ask(fds["witness"], Reason.DISABLED, strict=True)
+        step("set the policy")
+        before = libbpf.read(fds["policy"], layout.Word)
+        libbpf.write(fds["policy"], layout.Word.of(wanted))
+        undo.callback(libbpf.write, fds["policy"], before)
+        step("ask")
+        asker.ask(fds["witness"], expected)
+        if pin_over:
+            for part in PARTS:
+                step(f"pin {part}")
+                _pin(part, fds[part], pin_over.fds.get(part), undo)
+        value = native.read_knob()
+        if value != wanted.mode.native_value:
+            step("set the native knob")
+            # Whatever went wrong after this, an older policy of ours or none needs no more than it had.
+            undo.callback(native.write_knob, value)
+            native.write_knob(wanted.mode.native_value)
+        if wanted.mode.native_value:
+            step("ask by system call")
+            asker.ask(fds["witness"], expected, by_syscall=True)
     except OSError as error:
         raise Failure(f"cannot put the policy in force: {error}", "see uffdguard doctor") from error
 
@@ -235,17 +278,29 @@ def set_mode(mode: Mode) -> None:
     :raises Failure: none is in force, or it does not answer.
     """
     native.need_root("switches the mode")
-    native.check_mode(mode)
-    with locked(), pinned() as found, contextlib.ExitStack() as undo:
-        current = found.policy()
+    with locked(), pinned() as found:
         if not native.PROC.is_mount():
             found.problems.append(f"no procfs is mounted on {native.PROC}")
-        if not found.complete or current is None:
+        if not found.complete:
             raise Failure(
                 f"the policy is damaged: {', '.join(found.problems)}" if found.pins else "the policy is not in force",
                 "run uffdguard start",
             )
-        _change(found.fds, Policy(mode, current.user_mode_only), undo)
+        with Asker() as asker:
+            switch(found.fds, mode, asker)
+
+
+def switch(fds: dict[str, int], mode: Mode, asker: Asker) -> None:
+    """Switch the mode, for who has the lock and descriptors of the ``policy`` and ``witness`` that are decided by.
+
+    :raises Failure: the mode does not exist here, or the policy does not answer.
+    """
+    native.check_mode(mode)
+    current = read_policy(fds["policy"])
+    if current is None:
+        raise Failure("the policy cannot be read", "run uffdguard start")
+    with contextlib.ExitStack() as undo:
+        _change(fds, Policy(mode, current.user_mode_only), asker, undo)
         undo.pop_all()
 
 
@@ -267,6 +322,9 @@ def stop() -> bool:
         if left or FOUND.exists() or LOADED.exists():
             step("close the native knob")
             native.write_knob(0)
+        step("uncover the native file")
+        _end_server()
+        native.uncover()
         for path in sorted(left, key=lambda path: PARTS.index(path.name) if path.name in PARTS else -1, reverse=True):
             if path.name in PARTS:
                 step(f"unpin {path.name}")
@@ -279,8 +337,8 @@ def stop() -> bool:
             # Only a 1 that was found opens it; what cannot be read does not.
             native.write_knob(int(FOUND.read_text().strip() == "1"))
             FOUND.unlink()
-        for path in native.RUN.glob("*.new"):
-            path.unlink()
+        for path in (SERVER, *native.RUN.glob("*.new")):
+            path.unlink(missing_ok=True)
         step("unmount procfs")
         native.unmount(native.PROC)
         native.PROC.rmdir()

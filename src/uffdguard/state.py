@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from uffdguard.errors import Failure
 from uffdguard.kernel import layout, libbpf, native
@@ -27,6 +28,8 @@ PINS = native.BPFFS / "uffdguard"
 FOUND = native.RUN / "native"
 #: The object that was loaded, by its hash: written when a start has come to its end.
 LOADED = native.RUN / "object"
+#: The server of the interface file holds a lock on this; it has its pid.
+SERVER = native.RUN / "knob"
 
 #: Each link is pinned under the name of its program; with the maps that its program uses.
 LINKS = {
@@ -61,10 +64,30 @@ class Pinned:
         """Return the policy that is set, or None when its map is not there or says nothing known."""
         if "policy" not in self.fds:
             return None
-        try:
-            return libbpf.read(self.fds["policy"], layout.Word).policy()
-        except (OSError, IndexError):
-            return None
+        return read_policy(self.fds["policy"])
+
+
+def read_policy(fd: int) -> Policy | None:
+    """Return what a ``policy`` map says, or None when it is nothing known."""
+    try:
+        return libbpf.read(fd, layout.Word).policy()
+    except (OSError, IndexError):
+        return None
+
+
+def server() -> int | None:
+    """Return the pid of the running server of the interface file, or None when none runs."""
+    try:
+        fd = os.open(SERVER, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return int(os.read(fd, 20) or 0) or None
+    finally:
+        os.close(fd)
+    return None
 
 
 def foreign_pins() -> str | None:
@@ -135,6 +158,10 @@ def current_mode() -> Mode:
         return policy.mode
 
 
+#: What /proc/sys/vm/unprivileged_userfaultfd is: the kernel's own file, ours, or ours without a server.
+Interface = Literal["native", "served", "dead"]
+
+
 @dataclass(frozen=True)
 class Status:
     """How things stand. The names are those of ``status --json``."""
@@ -149,6 +176,7 @@ class Status:
     pins: dict[str, bool]
     skipped: int  # times the kernel skipped grant or forget
     lost: int  # grants that could not be recorded
+    interface: Interface
     grants: int
     allowed: int
     refused: int
@@ -184,6 +212,9 @@ def status() -> Status:
             problems.append(f"no procfs is mounted on {native.PROC}")
         if policy and not FOUND.exists():
             problems.append(f"{FOUND} is gone: stop will leave the native knob at 0")
+        interface: Interface = ("served" if server() else "dead") if native.is_covered() else "native"
+        if interface == "dead":
+            problems.append("the interface file does not answer: its server has died")
         counts = counts or layout.Counts()
         decisions = counts.by_reason()
         return Status(
@@ -197,6 +228,7 @@ def status() -> Status:
             pins={part: part in found.pins for part in PARTS},
             skipped=sum(program.recursion_misses for program in found.programs.values()),
             lost=counts.lost,
+            interface=interface,
             grants=counts.grants,
             allowed=sum(number for reason, number in decisions.items() if reason.allowed),
             refused=sum(number for reason, number in decisions.items() if not reason.allowed),

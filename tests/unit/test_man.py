@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,12 +10,13 @@ from typing import TYPE_CHECKING
 import click
 import pytest
 
-from uffdguard import cli
+from uffdguard import cli, config
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PAGE = Path(__file__).parents[2] / "man/uffdguard.8"
+PAGES = Path(__file__).parents[2] / "man"
+PAGE = PAGES / "uffdguard.8"
 
 
 def described() -> dict[str, set[str]]:
@@ -26,7 +26,7 @@ def described() -> dict[str, set[str]]:
     found = {}
     for heading in ("".join(pair) for pair in headings):
         words = heading.replace(".Cm ", "").split()
-        verb = " ".join(words[: next((i for i, word in enumerate(words) if word in (".Op", "Op")), len(words))])
+        verb = " ".join(words[: next((i for i, word in enumerate(words) if word in (".Op", "Op", "Ar")), len(words))])
         found[verb] = set(re.findall(r"Fl -([\w-]+)", heading)) | set(re.findall(r"Ar ([A-Z]+)", heading))
     return found
 
@@ -47,7 +47,8 @@ def words_of(name: str, command: click.Command) -> Iterator[tuple[str, set[str]]
         if not flag:
             words.add(parameter.make_metavar(click.Context(command)).strip("[]"))
     if isinstance(command, click.Group):
-        words.add("COMMAND")
+        if name == "lab":
+            words.add("COMMAND")
         for inner, subcommand in command.commands.items():
             yield from words_of(f"{name} {inner}", subcommand)
     yield name, words
@@ -57,8 +58,14 @@ def test_the_manual_page_has_each_verb_with_its_options_and_no_other() -> None:
     assert described() == dict(existing())
 
 
-@pytest.mark.skipif(not shutil.which("groff"), reason="groff is not installed")
-def test_the_manual_page_is_without_errors() -> None:
-    done = subprocess.run(["groff", "-mdoc", "-Tutf8", "-ww", PAGE], capture_output=True, text=True)
+def test_the_configuration_page_has_each_key() -> None:
+    keys = re.findall(r"^\.It Va (\S+)$", (PAGES / "uffdguard.toml.5").read_text(), re.MULTILINE)
+    assert tuple(keys) == config.File.__struct_encode_fields__
+
+
+@pytest.mark.parametrize("page", sorted(PAGES.iterdir()), ids=lambda page: page.name)
+def test_a_manual_page_is_without_errors(page: Path) -> None:
+    done = subprocess.run(["groff", "-t", "-mdoc", "-Tutf8", "-ww", page], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "UFFDGUARD(8)" in done.stdout
+    assert f".Dt {page.stem.upper()} {page.suffix[1:]}\n" in page.read_text()
+    assert len(done.stdout) > 500

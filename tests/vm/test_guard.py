@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from inside import USER, actor, uffdguard, waiting_actor
+from inside import USER, actor, forked, uffdguard, waiting_actor
 
 from uffdguard import guard, proof, state
 from uffdguard.errors import Failure
@@ -296,18 +296,6 @@ def test_the_lock_has_one_holder_at_a_time() -> None:
 
     pids = [forked(enter) for _ in range(4)]
     assert [os.waitpid(pid, 0)[1] for pid in pids] == [0] * len(pids)
-
-
-def forked(job: Callable[[], object]) -> int:
-    """Do JOB in a new process and return its pid; its status is 1 when JOB failed."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            job()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return pid
 
 
 def test_a_trial_child_that_is_stopped_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

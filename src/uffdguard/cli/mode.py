@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import click
 
 from uffdguard.cli.words import MODE
@@ -24,4 +26,8 @@ def command(mode: Mode | None) -> None:
         from uffdguard import state
         from uffdguard.kernel import native
 
-        click.echo(interface_line(state.current_mode(), native.modes()))
+        # What everybody may read; the pins are for root alone.
+        if os.geteuid() and native.is_covered():
+            click.echo(native.FILE.read_text(), nl=False)
+        else:
+            click.echo(interface_line(state.current_mode(), native.modes()))

@@ -22,5 +22,5 @@ def command(mode: Mode | None) -> None:
     """
     from uffdguard import config, guard
 
-    if not guard.start(config.load(), mode):
+    if not guard.start(config.load().policy, mode):
         click.echo("already in force; nothing to do")

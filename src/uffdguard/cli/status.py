@@ -41,6 +41,7 @@ def show(status: Status) -> None:
         rows.append(("user-mode-only", "allow" if status.user_mode_only else "deny"))
     rows.append(("kernel", status.kernel))
     rows.append(("native knob", f"{status.native_knob}{', which does not fit the mode' if status.drift else ''}"))
+    rows.append(("interface file", status.interface))
     if any(status.pins.values()):
         missing = [part for part, there in status.pins.items() if not there]
         rows.append(("pins", f"{', '.join(missing)} missing" if missing else "all there"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import os
 from pathlib import Path
 
@@ -19,6 +20,10 @@ from uffdguard.policy import Mode
 RUN = Path("/run/uffdguard")
 PROC = RUN / "proc"
 KNOB = "sys/vm/unprivileged_userfaultfd"
+#: The file of the native knob as everybody sees it, and what the mount table calls a file of ours that covers it.
+FILE = Path("/proc", KNOB)
+COVER = "fuse.uffdguard"
+SYS_PIDFD_GETFD = 438  # on every architecture
 BPFFS = Path("/sys/fs/bpf")
 
 DEV_KVM = Path("/dev/kvm")
@@ -50,9 +55,56 @@ def mount(kind: str, where: Path) -> None:
 def unmount(where: Path) -> None:
     """Unmount what is mounted there, lazily if it is busy, umount2(2); nothing there is no error."""
     mnt_detach, umount_nofollow = 2, 8
-    while where.is_mount():
-        if _libc().umount2(bytes(where), mnt_detach | umount_nofollow):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(where))
+    while _libc().umount2(bytes(where), mnt_detach | umount_nofollow) == 0:
+        pass
+    # What is there is no mount, or nothing is.
+    if ctypes.get_errno() not in (errno.EINVAL, errno.ENOENT):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(where))
+
+
+def take_descriptor(pid: int, number: int) -> int:
+    """Return a descriptor of what process PID has open under NUMBER, pidfd_getfd(2).
+
+    :raises OSError: with the kernel's errno.
+    """
+    process = os.pidfd_open(pid)
+    try:
+        fd: int = _libc().syscall(SYS_PIDFD_GETFD, process, number, 0)
+    finally:
+        os.close(process)
+    if fd < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), f"/proc/{pid}/fd/{number}")
+    return fd
+
+
+def cover(fuse: int) -> None:
+    """Mount on the native knob's file the regular file that is served by a descriptor of /dev/fuse, mount(2).
+
+    :raises OSError: with the kernel's errno.
+    """
+    # Who may write is for the kernel to decide, by the file's mode; all may look.
+    options = f"fd={fuse},rootmode=100644,user_id=0,group_id=0,allow_other,default_permissions"
+    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    if _libc().mount(b"uffdguard", bytes(FILE), COVER.encode(), flags, options.encode()):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(FILE))
+
+
+def is_covered() -> bool:
+    """Tell whether a file of ours covers the native one; does not ask its server, who may be dead or stopped."""
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        place, kind = line.split()[4], line.split(" - ")[1].split()[0]
+        if (place, kind) == (str(FILE), COVER):
+            return True
+    return False
+
+
+def uncover() -> None:
+    """Have the native file seen again; do nothing where it is.
+
+    :raises OSError: with the kernel's errno.
+    """
+    if is_covered():
+        unmount(FILE)
 
 
 def is_bpffs(where: Path) -> bool:
@@ -71,7 +123,7 @@ def read_knob() -> int:
             text = (PROC / KNOB).read_text()
         except OSError:
             # Without our mount nothing of ours is in force, and nothing of ours can cover the file in /proc.
-            text = Path("/proc", KNOB).read_text()
+            text = FILE.read_text()
         return int(text)
     except (OSError, ValueError) as error:
         raise Failure(

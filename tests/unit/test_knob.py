@@ -1,0 +1,63 @@
+"""The text format of the interface file."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from uffdguard.knob import LONGEST, parse
+from uffdguard.policy import Mode
+
+WORDS = tuple(Mode)
+
+
+@pytest.mark.parametrize("mode", WORDS)
+@pytest.mark.parametrize("form", ["{}", "{}\n", " {} \n", "\t{}", "{}\n\n"])
+def test_a_word_may_have_blanks_around_it(mode: Mode, form: str) -> None:
+    assert parse(form.format(mode).encode(), WORDS) is mode
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"\n",
+        b"KVM",
+        b"kv",
+        b"kvm enabled",
+        b"[kvm]",
+        b"kvm\0",
+        b"\xff\xfe",
+        "kvm\u00a0".encode(),
+        b"0",
+        b"1",
+        b"kvm" + b" " * LONGEST,
+        b"[disabled] enabled kvm\n",
+    ],
+)
+def test_anything_else_is_refused(data: bytes) -> None:
+    with pytest.raises(ValueError):
+        parse(data, WORDS)
+
+
+@given(st.binary(max_size=100))
+def test_no_bytes_do_more_than_name_a_mode_or_be_refused(data: bytes) -> None:
+    try:
+        mode = parse(data, WORDS)
+    except ValueError:
+        return
+    assert data.strip() == str(mode).encode()
+
+
+def test_the_numbers_of_mainline_are_words_only_where_the_configuration_says_so() -> None:
+    assert parse(b"0\n", WORDS, numeric=True) is Mode.DISABLED
+    assert parse(b"1\n", WORDS, numeric=True) is Mode.ENABLED
+    for data in (b"2", b"01", b"-1"):
+        with pytest.raises(ValueError):
+            parse(data, WORDS, numeric=True)
+
+
+def test_kvm_is_no_word_on_a_kernel_without_it() -> None:
+    with pytest.raises(ValueError, match="kvm"):
+        parse(b"kvm", (Mode.DISABLED, Mode.ENABLED))

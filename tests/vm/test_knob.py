@@ -1,0 +1,340 @@
+"""The interface file, with the programs that people use on it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from inside import USER, actor, forked, uffdguard
+
+from uffdguard import cli, config, guard, knob, state
+from uffdguard.kernel import native
+from uffdguard.policy import Mode, Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+FILE = native.FILE
+KVM = "open:/dev/kvm"
+NATIVE = re.compile(r"[01]\n")
+
+
+def sh(script: str, *, user: int = 0) -> tuple[int, str, str]:
+    """Run SCRIPT as USER; return its status and what it printed."""
+    done = subprocess.run(
+        ["sh", "-c", script], user=user, group=user, extra_groups=[], capture_output=True, text=True, timeout=60
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait until CONDITION holds; fail when it does not within 20 s."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "log"
+
+
+@pytest.fixture
+def serving(in_force: Callable[..., None], log: Path) -> Iterator[int]:
+    """Have `uffdguard knob` run on a policy in mode disabled; give its pid."""
+    in_force("disabled")
+    pid = forked(lambda: uffdguard_knob(log))
+    until(lambda: NATIVE.fullmatch(FILE.read_text()) is None)
+    yield pid
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
+    assert NATIVE.fullmatch(FILE.read_text())
+
+
+def uffdguard_knob(log: Path) -> None:
+    """Run the command in this process, a forked one, without pytest's hold on its messages."""
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+    sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
+    logging.root.handlers.clear()
+    cli.main(["knob"])
+
+
+def test_the_dialogue_of_the_seed(serving: int) -> None:
+    assert FILE.read_text() == "[disabled] enabled kvm\n"
+    assert sh(f"echo kvm > {FILE}") == (0, "", "")
+    assert sh(f"cat {FILE}") == (0, "disabled enabled [kvm]\n", "")
+    assert actor(KVM, "syscall", "fork", "syscall") == ["allowed", "allowed", "EPERM"]
+    name = "vm.unprivileged_userfaultfd"
+    assert sh(f"sysctl {name}") == (0, f"{name} = disabled enabled [kvm]\n", "")
+    assert sh(f"sysctl -w {name}=enabled") == (0, f"{name} = enabled\n", "")
+    assert actor("syscall", "syscall:1", "device") == ["allowed"] * 3
+    assert f"{name} = disabled [enabled] kvm\n" in sh("sysctl -a")[1]
+    assert sh(f"printf ' disabled ' > {FILE}") == (0, "", "")
+    assert actor("syscall", "syscall:1", "device") == ["EPERM"] * 3
+
+
+def test_a_line_in_sysctl_d_switches_the_mode(serving: int) -> None:
+    Path("/etc/sysctl.d").mkdir(exist_ok=True)
+    Path("/etc/sysctl.d/99-uffd.conf").write_text("vm.unprivileged_userfaultfd = kvm\n")
+    try:
+        sh("sysctl --system")
+    finally:
+        Path("/etc/sysctl.d/99-uffd.conf").unlink()
+    assert FILE.read_text() == "disabled enabled [kvm]\n"
+
+
+def test_the_file_and_the_command_show_each_others_changes(serving: int) -> None:
+    assert uffdguard("mode", "kvm").status == 0
+    assert FILE.read_text() == "disabled enabled [kvm]\n"
+    FILE.write_text("enabled")
+    assert uffdguard("mode").out == "disabled [enabled] kvm\n"
+    assert uffdguard("mode", user=USER).out == "disabled [enabled] kvm\n"
+    assert state.status().interface == "served"
+
+
+@pytest.mark.parametrize("data", [b"", b"kmv\n", b"kvm enabled\n", b"0\n", b"1\n", b"\xff\0", b"kvm" + b" " * 5000])
+def test_what_is_no_word_is_refused_and_changes_nothing(serving: int, log: Path, data: bytes) -> None:
+    guard.set_mode(Mode.KVM)
+    fd = os.open(FILE, os.O_WRONLY)
+    try:
+        if data:
+            with pytest.raises(OSError, match="Invalid argument"):
+                os.write(fd, data)
+            assert f"pid {os.getpid()} (" in log.read_text()
+        else:  # a write of nothing never reaches a FUSE server
+            os.write(fd, data)
+    finally:
+        os.close(fd)
+    assert FILE.read_text() == "disabled enabled [kvm]\n"
+
+
+def test_a_second_chunk_is_refused(serving: int) -> None:
+    fd = os.open(FILE, os.O_WRONLY)
+    os.write(fd, b"kvm\n")
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.write(fd, b"enabled\n")
+    os.close(fd)
+    assert FILE.read_text() == "disabled enabled [kvm]\n"
+
+
+def test_the_numbers_are_words_when_the_configuration_says_so(
+    in_force: Callable[..., None], tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "uffdguard.toml").write_text('numeric = "accept"\n')
+    monkeypatch.setattr(config, "ADMINISTRATOR", tmp_path / "uffdguard.toml")
+    in_force("disabled")
+    pid = forked(lambda: uffdguard_knob(log))
+    until(lambda: NATIVE.fullmatch(FILE.read_text()) is None)
+    for number, line in (("1", "disabled [enabled] kvm\n"), ("0", "[disabled] enabled kvm\n")):
+        assert sh(f"echo {number} > {FILE}") == (0, "", "")
+        assert FILE.read_text() == line
+    os.kill(pid, signal.SIGTERM)
+    os.waitpid(pid, 0)
+
+
+def test_others_than_root_read_and_do_not_write(serving: int) -> None:
+    assert f"{FILE.stat().st_mode:o} {FILE.stat().st_uid}" == "100644 0"
+    assert sh(f"cat {FILE}", user=USER)[1] == "[disabled] enabled kvm\n"
+    assert "Permission denied" in sh(f"echo kvm > {FILE}", user=USER)[2]
+    assert "Permission denied" in sh(f"unshare -Ur sh -c 'echo kvm > {FILE}'", user=USER)[2]
+    assert FILE.read_text() == "[disabled] enabled kvm\n"
+
+
+def test_a_new_procfs_in_a_user_namespace_can_be_mounted_before_during_and_after(in_force: Callable[..., None]) -> None:
+    fresh = "unshare -Urpf --mount-proc true"
+    assert sh(fresh, user=USER)[0] == 0
+    in_force("kvm")
+    assert sh(fresh, user=USER)[0] == 0
+    pid = forked(knob.run)
+    until(lambda: NATIVE.fullmatch(FILE.read_text()) is None)
+    assert sh(fresh, user=USER)[0] == 0
+    os.kill(pid, signal.SIGTERM)
+    os.waitpid(pid, 0)
+    assert sh(fresh, user=USER)[0] == 0
+
+
+def test_a_hundred_at_once_are_answered_and_a_stopped_reader_holds_up_nobody(serving: int) -> None:
+    stopped = subprocess.Popen(["sh", "-c", f"exec 3<{FILE}; kill -STOP $$"])
+    until(lambda: "State:\tT" in Path(f"/proc/{stopped.pid}/status").read_text())
+
+    def use(number: int) -> None:
+        words = [str(mode) for mode in Mode]
+        for turn in range(3):
+            FILE.write_text(words[(number + turn) % 3])
+            assert re.fullmatch(r"(\[?(disabled|enabled|kvm)\]?[ \n]){3}", FILE.read_text())
+
+    pids = [forked(lambda number=number: use(number)) for number in range(100)]  # type: ignore[misc]
+    assert {os.waitpid(pid, 0)[1] for pid in pids} == {0}
+    stopped.kill()
+    stopped.wait()
+    status = state.status()
+    assert (status.problems, f"[{status.mode}]" in FILE.read_text()) == ([], True)
+
+
+def test_the_server_has_no_capability_and_is_small_and_quick(in_force: Callable[..., None]) -> None:
+    in_force("kvm")
+    command = subprocess.Popen([Path(sys.executable).with_name("uffdguard"), "knob"])
+    until(lambda: NATIVE.fullmatch(FILE.read_text()) is None)
+    server = state.server()
+    assert server
+    status = Path(f"/proc/{server}/status").read_text()
+    assert re.search(r"^CapEff:\t0+$", status, re.MULTILINE)
+    assert re.search(r"^CapPrm:\t0+$", status, re.MULTILINE)
+    resident = int(re.findall(r"^Rss: +(\d+)", Path(f"/proc/{server}/smaps_rollup").read_text(), re.MULTILINE)[0])
+    spent = cpu_seconds(server)
+    for _ in range(1000):
+        FILE.read_text()
+    a_read = (cpu_seconds(server) - spent) / 1000
+    print(f"resident: {resident} KiB; a read: {a_read * 1e6:.0f} us of the server's time, emulated")
+    assert resident <= 20 * 1024
+    command.terminate()
+    assert command.wait() == 0
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the processor time that PID has taken, proc(5)."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_stop_ends_the_server_and_the_native_file_is_seen(serving: int) -> None:
+    FILE.write_text("kvm")
+    assert guard.stop()
+    assert FILE.read_text() == "0\n"
+    os.waitpid(serving, 0)
+    assert not native.RUN.exists()
+    assert actor(KVM, "syscall") == ["allowed", "EPERM"]
+
+
+class TestKilled:
+    def test_the_server_alone_leaves_the_native_file(self, serving: int) -> None:
+        os.kill(state.server() or 0, signal.SIGKILL)
+        os.waitpid(serving, 0)
+        assert FILE.read_text() == "0\n"
+        assert state.status().problems == []
+
+    def kill_all(self, serving: int) -> None:
+        server = state.server()
+        assert server
+        os.kill(serving, signal.SIGKILL)
+        os.waitpid(serving, 0)
+        os.kill(server, signal.SIGKILL)
+        until(lambda: state.server() is None)
+        with pytest.raises(OSError, match="not connected"):
+            FILE.read_text()
+        assert state.status().problems == ["the interface file does not answer: its server has died"]
+        assert actor(KVM, "syscall:1", "device") == ["allowed", "EPERM", "EPERM"]
+
+    def test_a_server_that_nobody_looks_after_is_mended_by_start(self, serving: int) -> None:
+        self.kill_all(serving)
+        assert uffdguard("start").status == 0
+        assert FILE.read_text() == "0\n"
+        assert state.status().problems == []
+
+    def test_or_by_stop(self, serving: int) -> None:
+        self.kill_all(serving)
+        assert uffdguard("stop").status == 0
+        assert FILE.read_text() == "0\n"
+
+    def test_or_by_the_next_server(self, serving: int, log: Path) -> None:
+        self.kill_all(serving)
+        pid = forked(lambda: uffdguard_knob(log))
+
+        def served() -> bool:
+            with contextlib.suppress(OSError):
+                return FILE.read_text() == "[disabled] enabled kvm\n"
+            return False
+
+        until(served)
+        os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
+
+
+class TestSecondReferences:
+    def test_pins_removed_by_accident_change_nothing_and_come_back(self, serving: int) -> None:
+        FILE.write_text("kvm")
+        for part in state.PARTS:
+            (state.PINS / part).unlink()
+        state.PINS.rmdir()
+        assert actor(KVM, "syscall", "fork", "syscall") == ["allowed", "allowed", "EPERM"]
+        until(lambda: not state.status().problems)
+        assert state.status().mode is Mode.KVM
+
+    def test_a_bpffs_unmounted_by_accident_changes_nothing_and_start_mends_it(self, serving: int) -> None:
+        FILE.write_text("enabled")
+        FILE.write_text("kvm")
+        native.unmount(native.BPFFS)
+        assert actor(KVM, "syscall", "fork", "syscall") == ["allowed", "allowed", "EPERM"]
+        guard.start(Policy(), None)
+        assert state.status().problems == []
+        assert state.status().mode is Mode.KVM
+
+    def test_a_policy_that_is_gone_all_the_same_closes_the_native_knob_within_a_second_or_two(
+        self, in_force: Callable[..., None], monkeypatch: pytest.MonkeyPatch, log: Path
+    ) -> None:
+        in_force("enabled")
+
+        def serve_without_references() -> None:
+            monkeypatch.setattr(knob.Server, "hold", hold_maps_only)
+            uffdguard_knob(log)
+
+        pid = forked(serve_without_references)
+        until(lambda: NATIVE.fullmatch(FILE.read_text()) is None)
+        assert Path(native.PROC, native.KNOB).read_text() == "1\n"
+        for part in state.LINKS:
+            (state.PINS / part).unlink()
+        began = time.monotonic()
+        until(lambda: Path(native.PROC, native.KNOB).read_text() == "0\n")
+        assert time.monotonic() - began < 5  # a second, on a machine that is emulated
+        os.waitpid(pid, 0)
+        assert "the policy does not refuse any more" in log.read_text()
+        assert FILE.read_text() == "0\n"
+
+
+def hold_maps_only(server: knob.Server) -> None:
+    """As if the references to the links had been lost."""
+    from uffdguard.kernel import libbpf
+
+    for part in ("policy", "witness"):
+        server.held.setdefault(part, libbpf.get(state.PINS / part))
+
+
+def test_an_upgrade_while_it_is_served_has_no_gap(serving: int) -> None:
+    FILE.write_text("kvm")
+    state.LOADED.write_text("another object")
+    assert uffdguard("start").status == 0
+    assert actor(KVM, "syscall", "fork", "syscall") == ["allowed", "allowed", "EPERM"]
+    FILE.write_text("enabled")
+    assert actor("syscall") == ["allowed"]
+    FILE.write_text("disabled")
+    assert actor("syscall:1") == ["EPERM"]
+
+
+def test_without_a_policy_it_is_not_served() -> None:
+    outcome = uffdguard("knob")
+    assert (outcome.status, outcome.out, outcome.err) == (
+        1,
+        "",
+        "uffdguard: the policy is not in force; run uffdguard start\n",
+    )
+    assert NATIVE.fullmatch(FILE.read_text())
+
+
+def test_a_second_server_is_refused(serving: int) -> None:
+    outcome = uffdguard("knob", "serve")
+    assert (outcome.status, outcome.err) == (
+        1,
+        "uffdguard: the interface file is being served already; see uffdguard status\n",
+    )
+    assert FILE.read_text() == "[disabled] enabled kvm\n"
