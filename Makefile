@@ -8,11 +8,17 @@ KERNEL ?= 6.12
 
 DEBIAN_PACKAGES = busybox-static clang file groff-base kmod libbpf-dev libc6-dev libfuse3-3 procps python3-venv qemu-system-x86
 
+# What `make deb` and `make test-boot` need on top.
+DEB_PACKAGES = clang debhelper debootstrap dh-python dpkg-dev libbpf-dev libc6-dev lintian python3-click python3-pip
+
+# Of the package; a test of the upgrade builds a second one.
+VERSION ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+
 VENV = .venv/bin
 OBJECT = src/uffdguard/kernel/guard.bpf.o
 LAB = $(VENV)/uffdguard lab --cpus 2 --memory 2G --timeout 2400 --kernel
 
-.PHONY: all setup packages demo test test-unit test-host test-vm lint format wheel clean
+.PHONY: all setup packages packages-deb demo test test-unit test-host test-vm test-boot lint format wheel deb clean
 
 all: setup $(OBJECT) build/actor
 
@@ -70,6 +76,21 @@ format: all
 
 wheel: all
 	$(VENV)/python -m build --wheel
+
+# The Debian package, in dist/.
+deb: packages-deb
+	rm -rf build/deb dist/*.deb
+	mkdir -p build/deb/uffdguard dist
+	git ls-files -z | xargs -0 cp --parents -t build/deb/uffdguard
+	cp -r packaging/debian build/deb/uffdguard/
+	printf 'uffdguard (%s) bookworm; urgency=medium\n\n  * See CHANGELOG.md.\n\n -- %s  %s\n' \
+		"$(VERSION)" "uffdguard developers <uffdguard@localhost>" "$$(date -R)" >build/deb/uffdguard/debian/changelog
+	cd build/deb/uffdguard && dpkg-buildpackage -us -uc -b
+	mv build/deb/*.deb dist/
+	lintian --fail-on error,warning dist/*.deb
+
+packages-deb:
+	@$(MAKE) --no-print-directory packages DEBIAN_PACKAGES="$(DEB_PACKAGES)"
 
 clean:
 	rm -rf .venv build dist $(OBJECT) .mypy_cache .ruff_cache .hypothesis

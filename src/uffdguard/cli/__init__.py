@@ -13,7 +13,7 @@ import click
 from uffdguard.errors import Failure
 
 #: The verbs, in the order in which a user meets them. Each is ``uffdguard.cli.VERB:command``.
-VERBS = ("start", "stop", "mode", "status", "probe", "doctor", "knob", "lab")
+VERBS = ("start", "stop", "mode", "status", "probe", "doctor", "knob", "install", "uninstall", "lab")
 
 
 class Verbs(click.Group):

@@ -1,0 +1,8 @@
+#!/usr/bin/python3 -I
+import sys
+
+sys.path.insert(0, "/usr/lib/uffdguard")
+
+from uffdguard.cli import main  # noqa: E402
+
+main()

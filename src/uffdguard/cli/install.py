@@ -1,0 +1,24 @@
+"""``uffdguard install``."""
+
+from __future__ import annotations
+
+import click
+
+from uffdguard.cli.words import MODE
+from uffdguard.policy import Mode
+
+
+@click.command("install")
+@click.option("--mode", type=MODE, default="disabled", help="The mode that /usr/lib/uffdguard.toml gets.")
+def command(mode: Mode) -> None:
+    """Put systemd units, the default configuration, manual pages and completion in place.
+
+    The units are enabled, so that the policy is in force from the next boot on; nothing is started now.
+    """
+    import sys
+    from pathlib import Path
+
+    from uffdguard import install
+
+    install.install(Path(sys.argv[0]).resolve(), mode)
+    click.echo("in force from the next boot on; at once: systemctl start uffdguard uffdguard-knob")

@@ -1,0 +1,127 @@
+"""Put what belongs to a running system in place, and take away exactly that: units, configuration, pages, completion.
+
+For who installed the wheel; a distribution's package has its own ways.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from uffdguard import config
+from uffdguard.errors import Failure
+from uffdguard.kernel import native
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from uffdguard.policy import Mode
+
+#: What was put in place: each path with the hash of what was written there.
+MANIFEST = Path("/var/lib/uffdguard/installed.json")
+UNITS = Path("/etc/systemd/system")
+PAGES = Path("/usr/local/share/man")
+COMPLETION = Path("/usr/local/share/bash-completion/completions/uffdguard")
+#: The command that a distribution's package has, and that the units in the source name.
+PACKAGED = "/usr/bin/uffdguard"
+
+NAMES = ("uffdguard.service", "uffdguard-knob.service")
+
+
+def shared() -> Path:
+    """Return the directory that has ``man`` and ``packaging``: in the wheel, else the source tree."""
+    inside = Path(__file__).with_name("share")
+    return inside if inside.exists() else Path(__file__).parents[2]
+
+
+def files(command: Path, mode: Mode) -> Iterator[tuple[Path, str]]:
+    """Give each path with its text.
+
+    :param command: what the units run.
+    """
+    for name in NAMES:
+        yield UNITS / name, (shared() / "packaging/systemd" / name).read_text().replace(PACKAGED, str(command))
+    for page in sorted((shared() / "man").iterdir()):
+        yield PAGES / f"man{page.suffix[1:]}" / page.name, page.read_text()
+    yield COMPLETION, completion()
+    yield config.DEFAULT, f'# Put here by uffdguard install; {config.ADMINISTRATOR} wins.\nmode = "{mode}"\n'
+
+
+def completion() -> str:
+    """Return the completion for bash, as click makes it."""
+    from click.shell_completion import BashComplete
+
+    from uffdguard.cli import cli
+
+    return BashComplete(cli, {}, "uffdguard", "_UFFDGUARD_COMPLETE").source()
+
+
+def install(command: Path, mode: Mode) -> None:
+    """Put everything in place, in the stead of what an earlier install put there, and enable the units.
+
+    :raises Failure: a file is there that is not ours, or was changed since; nothing is changed then.
+    """
+    native.need_root("installs")
+    native.check_mode(mode)
+    known = _manifest()
+    wanted = dict(files(command, mode))
+    foreign = [str(path) for path in wanted if path.exists() and _hash(path.read_text()) != known.get(str(path))]
+    if foreign:
+        raise Failure(f"not put there by us, or changed since: {', '.join(foreign)}", "move it away and run it again")
+    # Written first: what is listed and not there does no harm, what is there and not listed would stay for ever.
+    MANIFEST.parent.mkdir(parents=True, exist_ok=True)
+    MANIFEST.write_text(json.dumps(known | {str(path): _hash(text) for path, text in wanted.items()}, indent=2) + "\n")
+    for path, text in wanted.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    _systemctl("daemon-reload")
+    _systemctl("enable", *NAMES)
+
+
+def uninstall() -> list[str]:
+    """Take everything away again, the policy too where systemd runs it.
+
+    :returns: the paths that were left because somebody changed them.
+    :raises Failure: nothing was installed.
+    """
+    native.need_root("uninstalls")
+    known = _manifest()
+    if not known:
+        raise Failure("nothing was put in place by uffdguard install", "a package is removed by apt")
+    _systemctl("disable", "--now", *NAMES)
+    left = []
+    for name, written in known.items():
+        path = Path(name)
+        if not path.exists():
+            continue
+        if _hash(path.read_text()) == written:
+            path.unlink()
+        else:
+            left.append(name)
+    shutil.rmtree(MANIFEST.parent)
+    _systemctl("daemon-reload")
+    return left
+
+
+def _manifest() -> dict[str, str]:
+    try:
+        known: dict[str, str] = json.loads(MANIFEST.read_text())
+    except FileNotFoundError:
+        return {}
+    return known
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _systemctl(*words: str) -> None:
+    """Run systemctl where there is one; it works on files alone when systemd does not run."""
+    if (path := shutil.which("systemctl")) and (words[0] == "enable" or Path("/run/systemd/system").exists()):
+        done = subprocess.run([path, "--quiet", *words], capture_output=True, text=True)
+        if done.returncode:
+            raise Failure(f"systemctl {' '.join(words)} failed: {done.stderr.strip()}", "see systemctl status")

@@ -1,0 +1,82 @@
+"""What install puts in place and uninstall takes away, below a directory of the test's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from uffdguard import config, install
+from uffdguard.errors import Failure
+from uffdguard.kernel import native
+from uffdguard.policy import Mode, Policy
+
+COMMAND = Path("/opt/uffdguard/bin/uffdguard")
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("MANIFEST", "UNITS", "PAGES", "COMPLETION"):
+        path: Path = getattr(install, name)
+        monkeypatch.setattr(install, name, tmp_path / path.relative_to("/"))
+    monkeypatch.setattr(config, "DEFAULT", tmp_path / "usr/lib/uffdguard.toml")
+    monkeypatch.setattr(config, "ADMINISTRATOR", tmp_path / "etc/uffdguard.toml")
+    monkeypatch.setattr(config, "DROP_INS", tmp_path / "etc/uffdguard.d")
+    monkeypatch.setattr(install, "_systemctl", lambda *words: None)
+    monkeypatch.setattr(native, "need_root", lambda what: None)
+    monkeypatch.setattr(native, "has_kvm", lambda: True)
+    return tmp_path
+
+
+def written(root: Path) -> dict[str, str]:
+    return {str(path.relative_to(root)): path.read_text() for path in root.rglob("*") if path.is_file()}
+
+
+def test_everything_is_put_in_place_and_taken_away(root: Path) -> None:
+    install.install(COMMAND, Mode.KVM)
+    files = written(root)
+    assert set(files) == {
+        "etc/systemd/system/uffdguard-knob.service",
+        "etc/systemd/system/uffdguard.service",
+        "usr/lib/uffdguard.toml",
+        "usr/local/share/bash-completion/completions/uffdguard",
+        "usr/local/share/man/man5/uffdguard.toml.5",
+        "usr/local/share/man/man7/unprivileged_userfaultfd.7",
+        "usr/local/share/man/man8/uffdguard.8",
+        "var/lib/uffdguard/installed.json",
+    }
+    for name in install.NAMES:
+        unit = files[f"etc/systemd/system/{name}"]
+        assert f"={COMMAND} " in unit
+        assert "/usr/bin/" not in unit
+    assert config.load().policy == Policy(Mode.KVM)
+    assert install.uninstall() == []
+    assert written(root) == {}
+
+
+def test_it_can_be_repeated_with_another_mode(root: Path) -> None:
+    install.install(COMMAND, Mode.KVM)
+    install.install(COMMAND, Mode.ENABLED)
+    assert config.load().policy == Policy(Mode.ENABLED)
+    install.uninstall()
+    assert written(root) == {}
+
+
+def test_a_file_of_somebody_else_is_not_written_over(root: Path) -> None:
+    (root / "usr/lib").mkdir(parents=True)
+    (root / "usr/lib/uffdguard.toml").write_text('mode = "enabled"\n')
+    with pytest.raises(Failure, match=r"not put there by us, or changed since: .*uffdguard\.toml; move it away"):
+        install.install(COMMAND, Mode.KVM)
+    assert written(root) == {"usr/lib/uffdguard.toml": 'mode = "enabled"\n'}
+
+
+def test_a_file_that_was_changed_is_left_and_named(root: Path) -> None:
+    install.install(COMMAND, Mode.KVM)
+    config.DEFAULT.write_text('mode = "disabled"\n')
+    assert install.uninstall() == [str(config.DEFAULT)]
+    assert list(written(root)) == ["usr/lib/uffdguard.toml"]
+
+
+def test_there_is_nothing_to_uninstall_where_nothing_was_installed() -> None:
+    with pytest.raises(Failure, match="nothing was put in place"):
+        install.uninstall()
