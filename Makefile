@@ -12,7 +12,7 @@ DEBIAN_PACKAGES = busybox-static clang file groff-base kmod libbpf-dev libc6-dev
 DEB_PACKAGES = clang debhelper debootstrap dh-python dpkg-dev libbpf-dev libc6-dev lintian python3-click python3-pip
 
 # Of the package; a test of the upgrade builds a second one.
-VERSION ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+VERSION ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/uffdguard/__init__.py)
 
 VENV = .venv/bin
 OBJECT = src/uffdguard/kernel/guard.bpf.o
@@ -64,6 +64,11 @@ test-vm: test-vm-$(KERNEL)
 
 test-vm-%: all
 	$(LAB) $* -- $(VENV)/pytest $(or $(TESTS),tests/vm tests/clients)
+
+# A Debian of its own, booted with systemd, the package installed, upgraded and removed: 10 minutes or so.
+test-boot: packages-deb all
+	$(MAKE) --no-print-directory deb
+	$(VENV)/pytest tests/boot
 
 lint: all
 	$(VENV)/ruff check

@@ -65,7 +65,7 @@ def test_the_configuration_page_has_each_key() -> None:
 
 @pytest.mark.parametrize("page", sorted(PAGES.iterdir()), ids=lambda page: page.name)
 def test_a_manual_page_is_without_errors(page: Path) -> None:
-    done = subprocess.run(["groff", "-t", "-mdoc", "-Tutf8", "-ww", page], capture_output=True, text=True)
+    done = subprocess.run(["groff", "-mdoc", "-Tutf8", "-ww", page], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert f".Dt {page.stem.upper()} {page.suffix[1:]}\n" in page.read_text()
     assert len(done.stdout) > 500

@@ -293,6 +293,9 @@ static void run(char **steps)
 			answer_and_close(syscall32(54, device(), USERFAULTFD_IOC_NEW, number, 0, 0));
 		else if (IS("device-int80-misleading"))
 			answer_and_close(syscall32(54, odd_device(), USERFAULTFD_IOC_NEW, number, 1, 1));
+		else if (IS("loop")) /* until a file exists */
+			for (; access(word, F_OK); usleep(10000))
+				answer_and_close(syscall64(SYS_userfaultfd, 0, 0, 0, 0));
 		else if (IS("others"))
 			others();
 		/* /dev/kvm */

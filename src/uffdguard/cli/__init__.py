@@ -10,6 +10,7 @@ from typing import Any
 
 import click
 
+from uffdguard import __version__
 from uffdguard.errors import Failure
 
 #: The verbs, in the order in which a user meets them. Each is ``uffdguard.cli.VERB:command``.
@@ -34,9 +35,7 @@ class Verbs(click.Group):
 def show_version(ctx: click.Context, param: click.Parameter, value: bool) -> None:
     """Print the version and end."""
     if value:
-        from importlib.metadata import version
-
-        click.echo(f"uffdguard {version('uffdguard')}")
+        click.echo(f"uffdguard {__version__}")
         ctx.exit()
 
 

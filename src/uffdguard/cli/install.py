@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
 from uffdguard.cli.words import MODE
-from uffdguard.policy import Mode
+
+if TYPE_CHECKING:
+    from uffdguard.policy import Mode
 
 
 @click.command("install")
