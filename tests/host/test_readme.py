@@ -6,13 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import readme
 
 from uffdguard import config
-from uffdguard.policy import Policy
 
 
 def test_every_block_is_executed_by_a_test() -> None:
@@ -36,10 +36,12 @@ def test_the_continuous_integration_calls_the_command_that_the_readme_gives() ->
     assert command in (readme.ROOT / ".ci/run").read_text().splitlines()
 
 
-def test_the_configuration_shown_is_what_holds_without_a_file(tmp_path: Path) -> None:
+def test_the_configuration_shown_is_what_holds_without_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    without = config.load()
     (tmp_path / "uffdguard.toml").write_text(readme.CONFIGURATION)
-    said = config.read(tmp_path / "uffdguard.toml")
-    assert (said.mode, said.user_mode_only) == (Policy().mode, "allow" if Policy().user_mode_only else "deny")
+    monkeypatch.setattr(config, "ADMINISTRATOR", tmp_path / "uffdguard.toml")
+    assert config.load() == without
+    assert tuple(tomllib.loads(readme.CONFIGURATION)) == config.File.__struct_encode_fields__
 
 
 @pytest.mark.timeout(600)
