@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from uffdguard.policy import Mode
 
+if TYPE_CHECKING:
+    Word = click.ParamType[Mode]
+else:
+    Word = click.ParamType  # generic only since click 8.2
 
-class ModeWord(click.ParamType[Mode]):
+
+class ModeWord(Word):
     """One of the modes that exist on this kernel."""
 
     name = "MODE"
