@@ -86,7 +86,7 @@ wheel: all
 deb: packages-deb
 	rm -rf build/deb dist/*.deb
 	mkdir -p build/deb/uffdguard dist
-	git ls-files -z | xargs -0 cp --parents -t build/deb/uffdguard
+	git ls-files -z -co --exclude-standard | xargs -0 cp --parents -t build/deb/uffdguard
 	cp -r packaging/debian build/deb/uffdguard/
 	printf 'uffdguard (%s) bookworm; urgency=medium\n\n  * See CHANGELOG.md.\n\n -- %s  %s\n' \
 		"$(VERSION)" "uffdguard developers <uffdguard@localhost>" "$$(date -R)" >build/deb/uffdguard/debian/changelog

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,6 +106,10 @@ def forked(job: Callable[[], object]) -> int:
         try:
             job()
             os._exit(0)
+        except SystemExit as end:
+            os._exit(end.code if isinstance(end.code, int) else end.code is not None)
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(1)
     return pid

@@ -3,6 +3,6 @@ import sys
 
 sys.path.insert(0, "/usr/lib/uffdguard")
 
-from uffdguard.cli import main  # noqa: E402
+from uffdguard.__main__ import main  # noqa: E402
 
 main()

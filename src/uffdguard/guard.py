@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import logging
 import os
 import select
@@ -62,9 +61,12 @@ def step(name: str) -> None:
 
 
 @contextlib.contextmanager
-def locked() -> Iterator[None]:
-    """Be the only one who changes anything: an flock(2) on /run/uffdguard, which is made if it is missing."""
-    fd = _lock()
+def locked(*, wait: bool = True) -> Iterator[None]:
+    """Be the only one who changes anything: an flock(2) on /run/uffdguard, which is made if it is missing.
+
+    :raises BlockingIOError: another one is, and WAIT is not wanted.
+    """
+    fd = _lock(fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
         yield
     finally:
@@ -74,7 +76,7 @@ def locked() -> Iterator[None]:
         os.close(fd)
 
 
-def _lock() -> int:
+def _lock(how: int) -> int:
     while True:
         with contextlib.suppress(FileExistsError):
             native.RUN.mkdir(mode=0o700)
@@ -82,11 +84,14 @@ def _lock() -> int:
             fd = os.open(native.RUN, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         except FileNotFoundError:
             continue
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(fd, how)
+        except BlockingIOError:
+            os.close(fd)
+            raise
         # Its holder may have removed the directory while we waited.
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(fd), native.RUN.lstat()):
-                os.fchown(fd, 0, 0)
                 os.fchmod(fd, 0o700)
                 return fd
         os.close(fd)
@@ -351,6 +356,8 @@ def _is_armed(found: Pinned) -> bool:
 
 
 def _object_hash() -> str:
+    import hashlib  # brings libcrypto into memory, which the server of the interface file does without
+
     return hashlib.sha256(features.OBJECT.read_bytes()).hexdigest()
 
 

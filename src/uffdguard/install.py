@@ -120,8 +120,13 @@ def _hash(text: str) -> str:
 
 
 def _systemctl(*words: str) -> None:
-    """Run systemctl where there is one; it works on files alone when systemd does not run."""
-    if (path := shutil.which("systemctl")) and (words[0] == "enable" or Path("/run/systemd/system").exists()):
+    """Run systemctl where there is one; where systemd does not run it works on the files alone."""
+    path = shutil.which("systemctl")
+    if not Path("/run/systemd/system").exists():
+        words = tuple(word for word in words if word != "--now")
+        if words == ("daemon-reload",):
+            return
+    if path:
         done = subprocess.run([path, "--quiet", *words], capture_output=True, text=True)
         if done.returncode:
             raise Failure(f"systemctl {' '.join(words)} failed: {done.stderr.strip()}", "see systemctl status")

@@ -1,8 +1,8 @@
 """The interface file: ``/proc/sys/vm/unprivileged_userfaultfd`` as the 2019 patch had it, served by FUSE.
 
-The server has no capability. It opens /dev/fuse and waits; who may mount, :func:`run` or a service manager's
-post-start step, takes that descriptor from it and covers the native file. The server holds references to all that
-is pinned, so that pins removed by accident change nothing, and once a second sees the policy refuse.
+The server has no capability. Who may mount gets its /dev/fuse, by inheritance (:func:`run`) or by a socket
+(:func:`mount`, for a service manager), and covers the native file. The server holds references to all that is
+pinned, so that pins removed by accident change nothing, and once a second sees the policy refuse.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import os
 import signal
 import socket
 import stat
+import sys
 import threading
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from uffdguard import guard, state
 from uffdguard.errors import Failure
 from uffdguard.kernel import libbpf, native
-from uffdguard.policy import Mode, Reason, interface_line
-from uffdguard.proof import Asker
+from uffdguard.policy import Mode, Policy, Reason, interface_line
+from uffdguard.proof import Asker, Silence
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,12 +34,17 @@ log = logging.getLogger("uffdguard")
 
 LIBRARY = "libfuse3.so.3"
 DEV_FUSE = Path("/dev/fuse")
+#: Where a server that waits to be mounted gives away its /dev/fuse.
+SOCKET = native.RUN / "fuse"
+#: Seconds that it waits.
+PATIENCE = 30.0
 #: Bytes; no word with blanks around it has reason to be longer.
 LONGEST = 64
 #: Seconds between two looks whether the policy still refuses.
 INTERVAL = 1.0
-ENDS = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP}
+ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NUMBERS = {"0": Mode.DISABLED, "1": Mode.ENABLED}
+CAP_SYS_ADMIN = 21
 
 
 def parse(data: bytes, words: tuple[Mode, ...], *, numeric: bool = False) -> Mode:
@@ -60,94 +67,128 @@ def run() -> None:
     :raises Failure: no policy is in force, or it cannot be served.
     """
     _require()
-    ready, theirs = os.pipe()
+    fuse = os.open(DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
     pid = os.fork()
     if pid == 0:
         status = 1
         try:
-            os.close(ready)
-            serve(lambda: os.close(theirs) if os.write(theirs, b".") else None)
-            status = 0
+            serve(fuse)
         except Failure as error:
             log.error("%s", error)
         finally:
             os._exit(status)
-    os.close(theirs)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: os.kill(pid, signal.SIGTERM))
-    status = 1
-    if os.read(ready, 1):
-        try:
-            mount(pid)
-            status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        finally:
-            native.uncover()
-    else:
+    try:
+        native.uncover()
+        native.cover(fuse)
+        os.close(fuse)
+        for number in ENDS:
+            signal.signal(number, lambda number, frame: os.kill(pid, signal.SIGTERM))
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    except BaseException:
+        os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        raise SystemExit(1)  # the child has said why
+        raise
+    finally:
+        native.uncover()
     if status:
         raise Failure("the server of the interface file has died", "the native file is seen again; run it anew")
 
 
-def mount(pid: int) -> None:
-    """Cover the native file by the one that the server PID serves, pidfd_getfd(2).
+def mount() -> None:
+    """Cover the native file by the one of the server that waits for it.
 
-    :raises Failure: PID has no /dev/fuse open.
+    :raises Failure: none does.
     """
     native.need_root("covers a file of /proc")
-    for entry in Path(f"/proc/{pid}/fd").glob("*"):
-        with contextlib.suppress(FileNotFoundError):  # what the process has closed meanwhile
-            if entry.readlink() == DEV_FUSE:
-                fd = native.take_descriptor(pid, int(entry.name))
-                break
-    else:
-        raise Failure(f"pid {pid} does not serve the interface file", "it must be a running uffdguard knob serve")
+    try:
+        with socket.socket(socket.AF_UNIX) as server:
+            server.settimeout(PATIENCE)
+            server.connect(str(SOCKET))
+            _, fds, _, _ = socket.recv_fds(server, 1, 1)
+    except (FileNotFoundError, ConnectionError):
+        fds = []
+    if not fds:
+        raise Failure("no server waits to be mounted", "run uffdguard knob serve")
     try:
         native.uncover()
-        native.cover(fd)
+        native.cover(fds[0])
     finally:
-        os.close(fd)
+        os.close(fds[0])
     native.FILE.read_bytes()
 
 
-def serve(ready: Callable[[], None]) -> None:
-    """Serve the file to whoever mounts it, without any privilege but to be root's.
+def main() -> NoReturn:
+    """Be ``uffdguard knob serve``, without the command line, which would stay in memory."""
+    logging.basicConfig(level=logging.WARNING, format="uffdguard knob: %(message)s")
+    try:
+        serve_under_manager()
+    except Failure as error:
+        print(f"uffdguard: {error}", file=sys.stderr)
+        sys.exit(1)
 
-    :param ready: is called when it can be mounted.
-    :raises Failure: no policy is in force, or another server runs.
+
+def serve_under_manager() -> NoReturn:
+    """Serve the file, mounted by :func:`mount` once $NOTIFY_SOCKET was told that it can be, sd_notify(3).
+
+    :raises Failure: no policy is in force, another server runs, or nobody mounted it.
     """
     _require()
-    with Asker() as asker:
-        lock = os.open(state.SERVER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise Failure("the interface file is being served already", "see uffdguard status") from None
-        os.truncate(lock, 0)
-        os.write(lock, b"%d\n" % os.getpid())
-        server = Server(asker)
+    SOCKET.unlink(missing_ok=True)
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(SOCKET))
+        server.listen()
+        server.settimeout(PATIENCE)
+        if address := os.environ.get("NOTIFY_SOCKET"):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+                manager.connect(f"\0{address[1:]}" if address.startswith("@") else address)
+                manager.send(b"READY=1")
         fuse = os.open(DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            with server.accept()[0] as who_mounts:
+                socket.send_fds(who_mounts, [b"."], [fuse])
+        except TimeoutError:
+            raise Failure("nobody has mounted the interface file", "run uffdguard knob mount") from None
+        finally:
+            SOCKET.unlink()
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+    serve(fuse)
+
+
+def serve(fuse: int) -> NoReturn:
+    """Serve what is mounted, or soon will be, by the descriptor FUSE of /dev/fuse, without any privilege but root's.
+
+    ENDS are blocked. Ends the process.
+
+    :raises Failure: the policy is not in force any more, or another server runs.
+    """
+    with Asker() as asker:
         native.drop_capabilities()
-        signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
-        ready()
+        # A bpffs may be mounted anew below /sys/fs.
+        native.restrict_writes(native.RUN, native.BPFFS.parent)
+        with guard.locked():
+            # Under the lock, so that stop either sees this server or leaves nothing for it to hold.
+            if not state.LOADED.exists():
+                raise Failure("the policy is not in force", "run uffdguard start")
+            lock = os.open(state.SERVER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Failure("the interface file is being served already", "see uffdguard status") from None
+            os.truncate(lock, 0)
+            os.write(lock, b"%d\n" % os.getpid())
+            server = Server(asker)
+            # A server before this one may have closed the native knob.
+            guard.switch(server.held, server.current().mode, asker)
+        end = time.monotonic() + PATIENCE
         while not _is_mounted(fuse):
-            pause(0.02)
+            server.pause(0.02)
+            if time.monotonic() > end:
+                raise Failure("nobody has mounted the interface file", "run it anew")
         threading.Thread(target=server.watch, daemon=True).start()
         server.loop(fuse)
-
-
-def notify() -> None:
-    """Tell the service manager that the server is ready, sd_notify(3)."""
-    address = os.environ.get("NOTIFY_SOCKET", "")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.connect(address.replace("@", "\0", 1) if address.startswith("@") else address)
-        manager.send(b"READY=1")
-
-
-def pause(seconds: float) -> None:
-    """Wait; end the process when it is told to, which libfuse's loop in another thread need not know."""
-    if signal.sigtimedwait(ENDS, seconds):
-        os._exit(0)
+        server.end(0)
 
 
 class Server:
@@ -160,37 +201,77 @@ class Server:
         self.asker = asker
         self.words = native.modes()
         self.held: dict[str, int] = {}
+        #: Has who uses or changes ``held``, besides guard's lock, which comes first, where something is changed.
+        self.holding = threading.RLock()
         self.hold()
 
     def hold(self) -> None:
         """Take references to what is pinned now; pin again what is not pinned any more."""
-        for part in state.PARTS:
-            try:
-                fd = libbpf.get(state.PINS / part)
-            except OSError:
+        with self.holding:
+            for part in state.PARTS:
+                try:
+                    fd = libbpf.get(state.PINS / part)
+                except OSError:
+                    if part in self.held:
+                        self.pin_again(part)
+                    continue
                 if part in self.held:
-                    with contextlib.suppress(OSError):
-                        state.PINS.mkdir(mode=0o700, exist_ok=True)
-                        libbpf.pin(self.held[part], state.PINS / part)
-                        log.warning("%s was not pinned any more: pinned again", part)
-                continue
-            if part in self.held:
-                os.close(self.held[part])
-            self.held[part] = fd
+                    os.close(self.held[part])
+                self.held[part] = fd
+
+    def pin_again(self, part: str) -> None:
+        """Pin what we hold where nothing is pinned; without a bpffs there it stays undone."""
+        with contextlib.suppress(OSError):
+            state.PINS.mkdir(mode=0o700, exist_ok=True)
+            libbpf.pin(self.held[part], state.PINS / part)
+            log.warning("%s was not pinned any more: pinned again", part)
+
+    def pause(self, seconds: float) -> None:
+        """Wait; end when told to. libfuse, which waits in the main thread, need not know."""
+        if signal.sigtimedwait(ENDS, seconds):
+            self.end(0)
+
+    def end(self, status: int) -> NoReturn:
+        """End the process, but not in the middle of a change."""
+        with self.holding:
+            os._exit(status)
 
     def watch(self) -> None:
         """See the policy refuse, again and again; close the native knob and end when it does not."""
         while True:
-            pause(INTERVAL)
-            try:
-                with guard.locked():
+            self.pause(INTERVAL)
+            # Whoever changes something sees the policy answer, too: nothing is missed by skipping a turn.
+            with contextlib.suppress(BlockingIOError), guard.locked(wait=False), self.holding:
+                try:
                     self.hold()
-                    self.asker.ask(self.held["witness"], Reason.DISABLED, strict=True)
-            except Exception as error:
-                with contextlib.suppress(OSError):
-                    native.write_knob(0)
-                log.critical("the policy does not refuse any more, and the native knob is closed: %s", error)
-                os._exit(1)
+                    self.ask()
+                except Exception as error:
+                    with contextlib.suppress(OSError):
+                        native.write_knob(0)
+                    log.critical("the policy does not refuse any more, and the native knob is closed: %s", error)
+                    self.end(1)
+
+    def ask(self) -> None:
+        """See the policy refuse, by a new trial child where the old one has died.
+
+        :raises Failure: it does not.
+        """
+        try:
+            self.asker.ask(self.held["witness"], Reason.DISABLED, strict=True)
+        except Silence:
+            self.asker.restart()
+            self.asker.ask(self.held["witness"], Reason.DISABLED, strict=True)
+
+    def current(self) -> Policy:
+        """Return the policy that is set.
+
+        :raises OSError: EIO when it cannot be read.
+        """
+        with self.holding:
+            policy = state.read_policy(self.held["policy"])
+        if policy is None:
+            raise OSError(errno.EIO, "the policy cannot be read")
+        return policy
 
     def loop(self, fuse: int) -> None:
         """Answer what comes by the descriptor FUSE until the file is unmounted."""
@@ -216,29 +297,25 @@ class Server:
 
     def read(self, path: str, size: int, offset: int, info: Any) -> bytes:
         """Return the line that lists the modes, the current one in brackets."""
-        word = state.read_policy(self.held["policy"])
-        if word is None:
-            raise OSError(errno.EIO, "the policy cannot be read")
-        return f"{interface_line(word.mode, self.words)}\n".encode()[offset : offset + size]
+        return f"{interface_line(self.current().mode, self.words)}\n".encode()[offset : offset + size]
 
     def write(self, path: str, data: bytes, offset: int, info: Any) -> int:
         """Switch the mode before write(2) returns; EINVAL for what is none of the words."""
+        _, _, pid = self.caller()
+        who = f"pid {pid} ({_status(pid, 'Name')})"
+        # A sandbox without CAP_SYS_ADMIN has its /proc/sys read-only, but what is mounted later comes in as it is.
+        if not int(_status(pid, "CapEff") or "0", 16) >> CAP_SYS_ADMIN & 1:
+            log.warning("refused to write: %s has no CAP_SYS_ADMIN", who)
+            raise OSError(errno.EPERM, "no CAP_SYS_ADMIN")
         try:
             if offset:
                 raise ValueError("not at the start")
             mode = parse(data, self.words, numeric=self.accepts_numbers())
         except ValueError:
-            _, _, pid = self.caller()
-            log.warning(
-                "refused to write %r, which is none of %s: pid %d (%s)",
-                data[:LONGEST],
-                ", ".join(self.words),
-                pid,
-                _name(pid),
-            )
+            log.warning("refused to write %r, which is none of %s: %s", data[:LONGEST], ", ".join(self.words), who)
             raise OSError(errno.EINVAL, "none of the words") from None
         try:
-            with guard.locked():
+            with guard.locked(), self.holding:
                 self.hold()
                 guard.switch(self.held, mode, self.asker)
         except Failure as error:
@@ -268,6 +345,8 @@ def _require() -> None:
     native.need_root("serves the interface file")
     if not state.LOADED.exists() or not native.PROC.is_mount():
         raise Failure("the policy is not in force", "run uffdguard start")
+    if state.server():
+        raise Failure("the interface file is being served already", "see uffdguard status")
     try:
         ctypes.CDLL(LIBRARY)
     except OSError:
@@ -285,8 +364,10 @@ def _is_mounted(fuse: int) -> bool:
     return True
 
 
-def _name(pid: int) -> str:
+def _status(pid: int, field: str) -> str:
+    """Return a field of /proc/PID/status, proc(5), or "" when the process has gone."""
     try:
-        return Path(f"/proc/{pid}/comm").read_text().strip()
+        lines = (native.PROC / str(pid) / "status").read_text().splitlines()
     except OSError:
-        return "gone"
+        return ""
+    return next(line.split(":")[1].strip() for line in lines if line.startswith(f"{field}:"))

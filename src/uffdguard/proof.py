@@ -12,6 +12,10 @@ from uffdguard.kernel import layout, libbpf, native, probe
 from uffdguard.policy import Reason, Request
 
 
+class Silence(Failure):
+    """The trial child does not answer: nothing is known of the policy."""
+
+
 class Asker:
     """A child without privileges that asks for userfaultfds, to see what the policy answers. A context manager.
 
@@ -24,23 +28,34 @@ class Asker:
     PATIENCE = 20.0
 
     def __enter__(self) -> Asker:
+        self._device = os.open(native.DEV_USERFAULTFD, os.O_RDWR | os.O_CLOEXEC)
+        self._begin()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._end()
+        os.close(self._device)
+
+    def restart(self) -> None:
+        """Have a new child in the place of one that does not answer."""
+        self._end()
+        self._begin()
+
+    def _begin(self) -> None:
         self._socket, theirs = socket.socketpair()
         self._socket.settimeout(self.PATIENCE)
         with theirs:
-            device = os.open(native.DEV_USERFAULTFD, os.O_RDWR | os.O_CLOEXEC)
             self.pid = os.fork()
             if self.pid == 0:
                 status = 1
                 try:
                     self._socket.close()
-                    self._serve(theirs, device)
+                    self._serve(theirs, self._device)
                     status = 0
                 finally:
                     os._exit(status)
-            os.close(device)
-        return self
 
-    def __exit__(self, *error: object) -> None:
+    def _end(self) -> None:
         self._socket.close()
         os.kill(self.pid, signal.SIGKILL)
         os.waitpid(self.pid, 0)
@@ -50,8 +65,9 @@ class Asker:
         # Its user stays root: capabilities are all that the kernel and the policy ask about, and whoever serves the
         # interface file has none left by which to become another.
         native.drop_capabilities()
-        # It ends when we do, by the end of the socket, and not with what else a terminal interrupts.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # It ends when we do, by the end of the socket, and not by what a terminal or a service manager sends to all.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)
         # The lock above all, which must not outlast us.
         low, high = sorted((server.fileno(), device))
         for first, last in ((3, low), (low + 1, high), (high + 1, os.sysconf("SC_OPEN_MAX"))):
@@ -67,7 +83,7 @@ class Asker:
         except OSError:
             answer = b""
         if not answer:
-            raise Failure("the process that tries the policy does not answer", "try again")
+            raise Silence("the process that tries the policy does not answer", "try again")
         return answer[0]
 
     def ask(self, witness: int, expected: Reason, *, strict: bool = False, by_syscall: bool = False) -> None:

@@ -28,6 +28,7 @@ off() {
 on() {
 	tell units "$(units)"
 	tell file "$(cat $FILE)"
+	tell knob-journal "$(journalctl -b -o cat -u uffdguard-knob)"
 	tell status "$(uffdguard status | sed -n 's/^\(policy\|mode\|interface file\) *//p' | sed 's/ since.*//')"
 	tell refused "$(as stranger /root/actor syscall syscall:1)"
 	tell allowed "$(as user /root/actor open:/dev/kvm syscall syscall:1 fork syscall)"
@@ -47,6 +48,8 @@ on() {
 	echo enabled >$FILE
 	systemctl reload uffdguard
 	tell reloaded "$(cat $FILE)"
+	systemctl restart uffdguard
+	tell restarted "$(cat $FILE);$(units)"
 	echo kvm >$FILE
 
 	upgrade
@@ -54,7 +57,8 @@ on() {
 
 	systemctl stop uffdguard
 	tell stopped "$(cat $FILE);$(units)"
-	systemctl start uffdguard uffdguard-knob
+	systemctl start uffdguard
+	for _ in $(seq 100); do grep -q kvm $FILE && break; sleep 0.2; done
 	tell started "$(cat $FILE);$(units)"
 
 	apt-get -qy purge uffdguard >&2
@@ -65,8 +69,8 @@ on() {
 
 container() {
 	cd /tmp && mkdir -p /tmp/image/bin && cp /bin/busybox /tmp/image/bin/sh && tar -C /tmp/image -cf /tmp/image.tar . || return
-	export HOME=/home/user XDG_RUNTIME_DIR=/run/user/1000
-	loginctl enable-linger user
+	export HOME=/home/user XDG_RUNTIME_DIR=/tmp/user
+	install -d -o user -m 700 $XDG_RUNTIME_DIR
 	as user podman --storage-driver vfs import -q /tmp/image.tar contained >/dev/null
 	as user podman --storage-driver vfs --cgroup-manager cgroupfs run --rm --network none contained /bin/sh -c 'echo started'
 }

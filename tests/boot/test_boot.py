@@ -178,6 +178,10 @@ def test_a_reload_keeps_the_mode_that_is_set(on: dict[str, str]) -> None:
     assert on["reloaded"] == "disabled [enabled] kvm"
 
 
+def test_a_restart_keeps_the_mode_that_is_set(on: dict[str, str]) -> None:
+    assert on["restarted"] == "disabled [enabled] kvm;active;active"
+
+
 def test_an_upgrade_has_no_gap_and_keeps_mode_and_grants(on: dict[str, str]) -> None:
     assert on["after-upgrade"] == f"{KVM};active;active;9.0"
     assert on["upgrade-refused"] == "EPERM"

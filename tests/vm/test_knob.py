@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -217,6 +218,91 @@ def test_stop_ends_the_server_and_the_native_file_is_seen(serving: int) -> None:
     assert actor(KVM, "syscall") == ["allowed", "EPERM"]
 
 
+def test_who_has_no_cap_sys_admin_does_not_switch_the_mode(serving: int, log: Path) -> None:
+    """A sandbox with /proc/sys read-only gets the file writable when it is mounted later."""
+    sandbox = f"mount --rbind -o ro /proc/sys /proc/sys; setpriv --bounding-set -sys_admin sh -c 'echo kvm > {FILE}'"
+    assert sh(f'unshare -m sh -c "{sandbox}"')[0] != 0
+    assert "has no CAP_SYS_ADMIN" in log.read_text()
+    assert FILE.read_text() == "[disabled] enabled kvm\n"
+
+
+def test_readers_never_see_anything_but_the_mode_while_the_watch_goes_on(
+    serving: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    FILE.write_text("kvm")
+
+    def read() -> None:
+        end = time.monotonic() + 6
+        while time.monotonic() < end:
+            assert FILE.read_text() == "disabled enabled [kvm]\n"
+
+    assert {os.waitpid(pid, 0)[1] for pid in [forked(read), forked(read)]} == {0}
+
+
+def test_a_trial_child_that_dies_closes_nothing(serving: int) -> None:
+    FILE.write_text("kvm")
+    tasks = Path(f"/proc/{state.server()}/task")
+
+    def children() -> list[str]:
+        return [pid for task in tasks.iterdir() for pid in (task / "children").read_text().split()]
+
+    (child,) = children()
+    os.kill(int(child), signal.SIGKILL)
+    until(lambda: children() not in ([child], []))
+    time.sleep(2)
+    assert FILE.read_text() == "disabled enabled [kvm]\n"
+    assert Path(native.PROC, native.KNOB).read_text() == "1\n"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], ids=lambda number: number.name)
+def test_the_native_file_is_seen_again_when_the_command_is_ended(serving: int, number: signal.Signals) -> None:
+    os.kill(serving, number)
+    assert os.waitpid(serving, 0)[1] == 0
+    assert FILE.read_text() == "0\n"
+    assert state.status().problems == []
+
+
+def test_a_server_mends_a_native_knob_that_was_closed(in_force: Callable[..., None], log: Path) -> None:
+    in_force("kvm")
+    native.write_knob(0)
+    pid = forked(lambda: uffdguard_knob(log))
+    until(lambda: NATIVE.fullmatch(FILE.read_text()) is None)
+    assert Path(native.PROC, native.KNOB).read_text() == "1\n"
+    os.kill(pid, signal.SIGTERM)
+    os.waitpid(pid, 0)
+
+
+def test_a_server_changes_no_file_but_its_own(tmp_path: Path) -> None:
+    def restricted() -> None:
+        native.RUN.mkdir()
+        native.restrict_writes(native.RUN)
+        (native.RUN / "x").touch()
+        (native.RUN / "x").unlink()
+        for path in (Path("/etc/x"), Path("/etc/passwd"), tmp_path / "x"):
+            with pytest.raises(PermissionError):
+                path.open("a")
+
+    assert os.waitpid(forked(restricted), 0)[1] == 0
+    native.RUN.rmdir()
+
+
+def test_in_steps_as_a_service_manager_does_it(in_force: Callable[..., None]) -> None:
+    in_force("kvm")
+    assert "no server waits to be mounted" in uffdguard("knob", "mount").err
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
+        manager.bind("\0manager")
+        command = subprocess.Popen(
+            [Path(sys.executable).with_name("uffdguard"), "knob", "serve"], env={"NOTIFY_SOCKET": "@manager"}
+        )
+        assert manager.recv(100) == b"READY=1"
+    assert uffdguard("knob", "mount").status == 0
+    assert FILE.read_text() == "disabled enabled [kvm]\n"
+    command.terminate()
+    assert command.wait() == 0
+    assert uffdguard("knob", "unmount").status == 0
+    assert FILE.read_text() == "1\n"
+
+
 class TestKilled:
     def test_the_server_alone_leaves_the_native_file(self, serving: int) -> None:
         os.kill(state.server() or 0, signal.SIGKILL)
@@ -332,9 +418,9 @@ def test_without_a_policy_it_is_not_served() -> None:
 
 
 def test_a_second_server_is_refused(serving: int) -> None:
-    outcome = uffdguard("knob", "serve")
-    assert (outcome.status, outcome.err) == (
-        1,
-        "uffdguard: the interface file is being served already; see uffdguard status\n",
-    )
+    for arguments in (("knob",), ("knob", "serve")):
+        command = [Path(sys.executable).with_name("uffdguard"), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True)
+        words = "uffdguard: the interface file is being served already; see uffdguard status\n"
+        assert (done.returncode, done.stdout, done.stderr) == (1, "", words)
     assert FILE.read_text() == "[disabled] enabled kvm\n"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 
-@click.group("knob", invoke_without_command=True, subcommand_metavar="[serve | mount PID | unmount]")
+@click.group("knob", invoke_without_command=True, subcommand_metavar="[serve | mount | unmount]")
 @click.pass_context
 def command(ctx: click.Context) -> None:
     """Serve /proc/sys/vm/unprivileged_userfaultfd with the three modes.
@@ -25,20 +25,18 @@ def command(ctx: click.Context) -> None:
 
 @command.command("serve")
 def serve() -> None:
-    """Serve the file; somebody else mounts it. Tells $NOTIFY_SOCKET when it can be mounted."""
-    _tell()
+    """Serve the file; mount, run by somebody who may, mounts it. Tells $NOTIFY_SOCKET when it can be mounted."""
     from uffdguard import knob
 
-    knob.serve(knob.notify)
+    knob.main()
 
 
 @command.command("mount")
-@click.argument("pid", type=click.IntRange(1))
-def mount(pid: int) -> None:
-    """Cover the native file by the one that PID serves."""
+def mount() -> None:
+    """Cover the native file by the one of the server that waits for it."""
     from uffdguard import knob
 
-    knob.mount(pid)
+    knob.mount()
 
 
 @command.command("unmount")

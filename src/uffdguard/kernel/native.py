@@ -23,7 +23,6 @@ KNOB = "sys/vm/unprivileged_userfaultfd"
 #: The file of the native knob as everybody sees it, and what the mount table calls a file of ours that covers it.
 FILE = Path("/proc", KNOB)
 COVER = "fuse.uffdguard"
-SYS_PIDFD_GETFD = 438  # on every architecture
 BPFFS = Path("/sys/fs/bpf")
 
 DEV_KVM = Path("/dev/kvm")
@@ -60,21 +59,6 @@ def unmount(where: Path) -> None:
     # What is there is no mount, or nothing is.
     if ctypes.get_errno() not in (errno.EINVAL, errno.ENOENT):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(where))
-
-
-def take_descriptor(pid: int, number: int) -> int:
-    """Return a descriptor of what process PID has open under NUMBER, pidfd_getfd(2).
-
-    :raises OSError: with the kernel's errno.
-    """
-    process = os.pidfd_open(pid)
-    try:
-        fd: int = _libc().syscall(SYS_PIDFD_GETFD, process, number, 0)
-    finally:
-        os.close(process)
-    if fd < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), f"/proc/{pid}/fd/{number}")
-    return fd
 
 
 def cover(fuse: int) -> None:
@@ -150,10 +134,41 @@ def need_root(what: str) -> None:
 
 
 def drop_capabilities() -> None:
-    """Give up all capabilities of this process, capset(2): setuid(2) alone leaves them under some securebits."""
+    """Give up all capabilities of this process, capset(2), and for good: an exec gives root none back."""
+    pr_set_no_new_privs, pr_set_securebits = 38, 28
+    noroot_locked = 3  # SECBIT_NOROOT and its lock, capabilities(7)
+    # May fail for who has no CAP_SETPCAP: then there is nothing to give back either.
+    _libc().prctl(pr_set_securebits, noroot_locked, 0, 0, 0)
+    _libc().prctl(pr_set_no_new_privs, 1, 0, 0, 0)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
     if _libc().capset(header, (ctypes.c_uint32 * 6)()):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+
+
+def restrict_writes(*below: Path) -> None:
+    """Let this process change no file but those BELOW, landlock(7); do nothing on a kernel without Landlock.
+
+    :raises OSError: with the kernel's errno.
+    """
+    create_ruleset, add_rule, restrict_self = 444, 445, 446  # on every architecture
+    # LANDLOCK_ACCESS_FS_WRITE_FILE, and from _REMOVE_DIR to _MAKE_SYM: the first version's, without reading.
+    writes = 1 << 1 | sum(1 << bit for bit in range(4, 13))
+    ruleset = _libc().syscall(create_ruleset, ctypes.byref(ctypes.c_uint64(writes)), 8, 0)
+    if ruleset < 0:
+        return
+    try:
+        for path in below:
+            directory = os.open(path, os.O_PATH | os.O_CLOEXEC)
+            # struct landlock_path_beneath_attr, which is packed
+            rule = writes.to_bytes(8, "little") + directory.to_bytes(4, "little")
+            failed = _libc().syscall(add_rule, ruleset, 1, rule, 0)
+            os.close(directory)
+            if failed:
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+        if _libc().syscall(restrict_self, ruleset, 0):
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    finally:
+        os.close(ruleset)
 
 
 def has_kvm() -> bool:
