@@ -38,29 +38,21 @@ def shared() -> Path:
     return inside if inside.exists() else Path(__file__).parents[2]
 
 
-def files(command: Path, mode: Mode) -> Iterator[tuple[Path, str]]:
+def files(command: Path, mode: Mode, completion: str) -> Iterator[tuple[Path, str]]:
     """Give each path with its text.
 
     :param command: what the units run.
+    :param completion: the script for bash.
     """
     for name in NAMES:
         yield UNITS / name, (shared() / "packaging/systemd" / name).read_text().replace(PACKAGED, str(command))
     for page in sorted((shared() / "man").iterdir()):
         yield PAGES / f"man{page.suffix[1:]}" / page.name, page.read_text()
-    yield COMPLETION, completion()
+    yield COMPLETION, completion
     yield config.DEFAULT, f'# Put here by uffdguard install; {config.ADMINISTRATOR} wins.\nmode = "{mode}"\n'
 
 
-def completion() -> str:
-    """Return the completion for bash, as click makes it."""
-    from click.shell_completion import BashComplete
-
-    from uffdguard.cli import cli
-
-    return BashComplete(cli, {}, "uffdguard", "_UFFDGUARD_COMPLETE").source()
-
-
-def install(command: Path, mode: Mode) -> None:
+def install(command: Path, mode: Mode, completion: str) -> None:
     """Put everything in place, in the stead of what an earlier install put there, and enable the units.
 
     :raises Failure: a file is there that is not ours, or was changed since; nothing is changed then.
@@ -68,7 +60,7 @@ def install(command: Path, mode: Mode) -> None:
     native.need_root("installs")
     native.check_mode(mode)
     known = _manifest()
-    wanted = dict(files(command, mode))
+    wanted = dict(files(command, mode, completion))
     foreign = [str(path) for path in wanted if path.exists() and _hash(path.read_text()) != known.get(str(path))]
     if foreign:
         raise Failure(f"not put there by us, or changed since: {', '.join(foreign)}", "move it away and run it again")

@@ -8,6 +8,7 @@ FILE=/proc/sys/vm/unprivileged_userfaultfd
 tell() { printf '%s=%s\n' "$1" "$(tr '\n' ';' <<<"$2" | sed 's/;*$//')" >/dev/ttyS1; }
 as() { local user=$1; shift; runuser -u "$user" -- "$@"; }
 units() { systemctl is-active uffdguard uffdguard-knob; }
+served() { for _ in $(seq 200); do grep -q kvm $FILE && [ "$(units)" = $'active\nactive' ] && break; sleep 0.2; done; }
 settle() { for _ in $(seq 100); do [ "$(systemctl is-system-running)" = starting ] || break; sleep 1; done; }
 
 # Whoever installs it where no BPF LSM is.
@@ -42,13 +43,14 @@ on() {
 	tell wrong-word "$?;$(journalctl -b -o cat -u uffdguard-knob | grep -c 'refused to write')"
 
 	kill -9 "$(systemctl show -p MainPID --value uffdguard-knob)"
-	for _ in $(seq 100); do grep -q kvm $FILE && break; sleep 0.2; done
+	served
 	tell killed "$(cat $FILE);$(units)"
 
 	echo enabled >$FILE
 	systemctl reload uffdguard
 	tell reloaded "$(cat $FILE)"
 	systemctl restart uffdguard
+	served
 	tell restarted "$(cat $FILE);$(units)"
 	echo kvm >$FILE
 
@@ -58,7 +60,7 @@ on() {
 	systemctl stop uffdguard
 	tell stopped "$(cat $FILE);$(units)"
 	systemctl start uffdguard
-	for _ in $(seq 100); do grep -q kvm $FILE && break; sleep 0.2; done
+	served
 	tell started "$(cat $FILE);$(units)"
 
 	apt-get -qy purge uffdguard >&2

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from uffdguard import config, install
+from uffdguard.cli.install import completion
 from uffdguard.errors import Failure
 from uffdguard.kernel import native
 from uffdguard.policy import Mode, Policy
@@ -33,7 +34,7 @@ def written(root: Path) -> dict[str, str]:
 
 
 def test_everything_is_put_in_place_and_taken_away(root: Path) -> None:
-    install.install(COMMAND, Mode.KVM)
+    install.install(COMMAND, Mode.KVM, completion())
     files = written(root)
     assert set(files) == {
         "etc/systemd/system/uffdguard-knob.service",
@@ -55,8 +56,8 @@ def test_everything_is_put_in_place_and_taken_away(root: Path) -> None:
 
 
 def test_it_can_be_repeated_with_another_mode(root: Path) -> None:
-    install.install(COMMAND, Mode.KVM)
-    install.install(COMMAND, Mode.ENABLED)
+    install.install(COMMAND, Mode.KVM, completion())
+    install.install(COMMAND, Mode.ENABLED, completion())
     assert config.load().policy == Policy(Mode.ENABLED)
     install.uninstall()
     assert written(root) == {}
@@ -66,12 +67,12 @@ def test_a_file_of_somebody_else_is_not_written_over(root: Path) -> None:
     (root / "usr/lib").mkdir(parents=True)
     (root / "usr/lib/uffdguard.toml").write_text('mode = "enabled"\n')
     with pytest.raises(Failure, match=r"not put there by us, or changed since: .*uffdguard\.toml; move it away"):
-        install.install(COMMAND, Mode.KVM)
+        install.install(COMMAND, Mode.KVM, completion())
     assert written(root) == {"usr/lib/uffdguard.toml": 'mode = "enabled"\n'}
 
 
 def test_a_file_that_was_changed_is_left_and_named(root: Path) -> None:
-    install.install(COMMAND, Mode.KVM)
+    install.install(COMMAND, Mode.KVM, completion())
     config.DEFAULT.write_text('mode = "disabled"\n')
     assert install.uninstall() == [str(config.DEFAULT)]
     assert list(written(root)) == ["usr/lib/uffdguard.toml"]

@@ -24,5 +24,14 @@ def command(mode: Mode) -> None:
 
     from uffdguard import install
 
-    install.install(Path(sys.argv[0]).resolve(), mode)
+    install.install(Path(sys.argv[0]).resolve(), mode, completion())
     click.echo("in force from the next boot on; at once: systemctl start uffdguard uffdguard-knob")
+
+
+def completion() -> str:
+    """Return the completion for bash, as click makes it."""
+    from click.shell_completion import BashComplete
+
+    from uffdguard.cli import cli
+
+    return BashComplete(cli, {}, "uffdguard", "_UFFDGUARD_COMPLETE").source()
