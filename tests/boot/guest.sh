@@ -66,7 +66,7 @@ on() {
 	apt-get -qy purge uffdguard >&2
 	tell removed "$?;$(cat $FILE);$(find / -xdev -name '*uffdguard*' -not -path '/root/*' -not -path '/var/log/*' \
 		-not -path '/proc/*' -not -path '/sys/*')"
-	tell pins "$(ls /sys/fs/bpf /run/uffdguard)"
+	tell pins "$(ls -A /sys/fs/bpf; ls -A /run/uffdguard)"
 }
 
 container() {
