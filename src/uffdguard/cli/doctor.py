@@ -8,10 +8,10 @@ import click
 @click.command("doctor")
 @click.option("--json", "json", is_flag=True, help="Print JSON.")
 def command(json: bool) -> None:
-    """Show what enforcement needs of this machine, and what to do about what is missing.
+    """Show what enforcement needs of this machine.
 
-    Loads each program once to see whether the kernel takes it; attaches nothing. Exits with 1 when the policy
-    could not be put in force here.
+    And what to do about what is missing. Loads each program once to see whether the kernel takes it; attaches
+    nothing. Exits with 1 when the policy could not be put in force here.
     """
     from dataclasses import asdict
 
@@ -23,8 +23,11 @@ def command(json: bool) -> None:
         render.as_json([asdict(row) for row in rows])
     else:
         render.columns([(row.name, row.state, row.fact) for row in rows])
+        hints: dict[str, list[str]] = {}
         for row in rows:
             if row.state != "ok":
-                click.echo(f"{row.name}: {row.hint}")
+                hints.setdefault(row.hint, []).append(row.name)
+        for hint, names in hints.items():
+            click.echo(f"{', '.join(names)}: {hint}")
     if any(row.state == "missing" for row in rows):
         raise SystemExit(1)

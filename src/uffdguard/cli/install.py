@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 @click.command("install")
 @click.option("--mode", type=MODE, default="disabled", help="The mode that /usr/lib/uffdguard.toml gets.")
 def command(mode: Mode) -> None:
-    """Put systemd units, the default configuration, manual pages and completion in place.
+    """Put units and defaults in place.
 
-    The units are enabled, so that the policy is in force from the next boot on; nothing is started now.
+    Systemd units, the default configuration, manual pages and completion. The units are enabled, so that the
+    policy is in force from the next boot on; nothing is started now.
     """
     import sys
     from pathlib import Path

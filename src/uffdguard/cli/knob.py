@@ -8,10 +8,11 @@ import click
 @click.group("knob", invoke_without_command=True, subcommand_metavar="[serve | mount | unmount]")
 @click.pass_context
 def command(ctx: click.Context) -> None:
-    """Serve /proc/sys/vm/unprivileged_userfaultfd with the three modes.
+    """Serve the interface file with the three modes.
 
-    It lists the modes, the current one in brackets; root writes one of the words to switch. Runs until it is
-    interrupted or the policy is taken out of force; then the native file is seen again. Needs a policy in force.
+    It is /proc/sys/vm/unprivileged_userfaultfd. It lists the modes, the current one in brackets; root writes
+    one of the words to switch. Runs until it is interrupted or the policy is taken out of force; then the
+    native file is seen again. Needs a policy in force.
 
     The subcommands are the same in steps, for a service manager: serve needs to be root and no capability,
     mount and unmount need CAP_SYS_ADMIN.

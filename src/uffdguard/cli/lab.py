@@ -79,10 +79,11 @@ def command(
     count_instructions: bool,
     timeout: float | None,
 ) -> None:
-    """Run COMMAND as root on a stock Debian kernel, in a micro-VM on this machine's root file system.
+    """Run COMMAND as root on a stock kernel.
 
-    The VM is emulated by QEMU, with SVM: it has a real /dev/kvm and needs none here, nor root. Without
-    COMMAND it runs a shell on the terminal; Ctrl-A X ends the VM.
+    A stock Debian kernel, in a micro-VM on this machine's root file system. The VM is emulated by QEMU, with
+    SVM: it has a real /dev/kvm and needs none here, nor root. Without COMMAND it runs a shell on the
+    terminal; Ctrl-A X ends the VM.
 
     COMMAND runs in the current directory, with standard input from /dev/null. Of the environment it has PATH,
     with /usr/sbin and /sbin added; HOME, LANG and TERM are set. Its standard output, standard error and exit

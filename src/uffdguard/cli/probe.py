@@ -8,10 +8,11 @@ import click
 @click.command("probe")
 @click.option("--json", "json", is_flag=True, help="Print JSON.")
 def command(json: bool) -> None:
-    """Really try to create a userfaultfd, each way there is, as whoever runs this.
+    """Really try to create userfaultfds.
 
-    By the system call, by the system call with UFFD_USER_MODE_ONLY and by /dev/userfaultfd; then the same again
-    after opening /dev/kvm. Prints "allowed" or the name of the error. Needs no privilege.
+    As whoever runs this, each way there is: by the system call, by the system call with UFFD_USER_MODE_ONLY
+    and by /dev/userfaultfd; then the same again after opening /dev/kvm. Prints "allowed" or the name of the
+    error. Needs no privilege.
     """
     from uffdguard.cli import render
     from uffdguard.kernel import probe

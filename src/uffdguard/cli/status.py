@@ -13,7 +13,9 @@ if TYPE_CHECKING:
 @click.command("status")
 @click.option("--json", "json", is_flag=True, help="Print JSON.")
 def command(json: bool) -> None:
-    """Show how things stand: the policy, the native knob, the grants, what was decided.
+    """Show how things stand.
+
+    The policy, the native knob, the interface file, the grants, and what was decided.
 
     Exits with 0 when the policy is in force and nothing is amiss, with 1 otherwise.
     """
