@@ -20,7 +20,7 @@ from uffdguard.errors import Failure
 from uffdguard.kernel import features, layout, libbpf, native
 from uffdguard.policy import Mode, Policy, Reason, decide
 from uffdguard.proof import Asker
-from uffdguard.state import FOUND, LINKS, LOADED, PARTS, PINS, SERVER, Pinned, foreign_pins, pinned, read_policy, server
+from uffdguard.state import FOUND, LINKS, LOADED, PARTS, PINS, Pinned, foreign_pins, pinned, read_policy, server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -342,8 +342,10 @@ def stop() -> bool:
             # Only a 1 that was found opens it; what cannot be read does not.
             native.write_knob(int(FOUND.read_text().strip() == "1"))
             FOUND.unlink()
-        for path in (SERVER, *native.RUN.glob("*.new")):
-            path.unlink(missing_ok=True)
+        # The server's files, and what a kill has left.
+        for path in native.RUN.iterdir():
+            if path != native.PROC:
+                path.unlink()
         step("unmount procfs")
         native.unmount(native.PROC)
         native.PROC.rmdir()

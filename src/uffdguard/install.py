@@ -104,6 +104,10 @@ def _manifest() -> dict[str, str]:
         known: dict[str, str] = json.loads(MANIFEST.read_text())
     except FileNotFoundError:
         return {}
+    except ValueError as error:
+        raise Failure(
+            f"{MANIFEST} cannot be read: {error}", "remove it, and by hand what install put in place"
+        ) from error
     return known
 
 

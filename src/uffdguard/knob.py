@@ -74,7 +74,7 @@ def run() -> None:
         status = 1
         try:
             serve(fuse)
-        except Failure as error:
+        except (Failure, OSError) as error:
             log.error("%s", error)
         finally:
             os._exit(status)
@@ -92,6 +92,8 @@ def run() -> None:
         raise
     finally:
         native.uncover()
+    if status > 0:
+        sys.exit(status)  # it has said why
     if status:
         raise Failure("the server of the interface file has died", "the native file is seen again; run it anew")
 
@@ -107,7 +109,7 @@ def mount() -> None:
             server.settimeout(PATIENCE)
             server.connect(str(SOCKET))
             _, fds, _, _ = socket.recv_fds(server, 1, 1)
-    except (FileNotFoundError, ConnectionError):
+    except (FileNotFoundError, ConnectionError, TimeoutError):
         fds = []
     if not fds:
         raise Failure("no server waits to be mounted", "run uffdguard knob serve")
@@ -124,7 +126,7 @@ def main() -> NoReturn:
     logging.basicConfig(level=logging.WARNING, format="uffdguard knob: %(message)s")
     try:
         serve_under_manager()
-    except Failure as error:
+    except (Failure, OSError) as error:
         print(f"uffdguard: {error}", file=sys.stderr)
         sys.exit(1)
 
@@ -151,7 +153,7 @@ def serve_under_manager() -> NoReturn:
         except TimeoutError:
             raise Failure("nobody has mounted the interface file", "run uffdguard knob mount") from None
         finally:
-            SOCKET.unlink()
+            SOCKET.unlink(missing_ok=True)
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
     serve(fuse)
 
@@ -179,6 +181,8 @@ def serve(fuse: int) -> NoReturn:
             os.truncate(lock, 0)
             os.write(lock, b"%d\n" % os.getpid())
             server = Server(asker)
+            if missing := [part for part in state.PARTS if part not in server.held]:
+                raise Failure(f"the policy is damaged: not pinned: {', '.join(missing)}", "run uffdguard start")
             # A server before this one may have closed the native knob.
             guard.switch(server.held, server.current().mode, asker)
         end = time.monotonic() + PATIENCE

@@ -78,6 +78,15 @@ def test_a_file_that_was_changed_is_left_and_named(root: Path) -> None:
     assert list(written(root)) == ["usr/lib/uffdguard.toml"]
 
 
+def test_a_list_that_cannot_be_read_is_told(root: Path) -> None:
+    install.MANIFEST.parent.mkdir(parents=True)
+    install.MANIFEST.write_text('{"/etc')
+    for job in (install.uninstall, lambda: install.install(COMMAND, Mode.KVM, "")):
+        with pytest.raises(Failure, match=r"installed\.json cannot be read"):
+            job()
+    assert list(written(root)) == ["var/lib/uffdguard/installed.json"]
+
+
 def test_there_is_nothing_to_uninstall_where_nothing_was_installed() -> None:
     with pytest.raises(Failure, match="nothing was put in place"):
         install.uninstall()

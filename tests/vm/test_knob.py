@@ -392,8 +392,8 @@ def hold_maps_only(server: knob.Server) -> None:
     """As if the references to the links had been lost."""
     from uffdguard.kernel import libbpf
 
-    for part in ("policy", "witness"):
-        server.held.setdefault(part, libbpf.get(state.PINS / part))
+    for part in state.PARTS:
+        server.held.setdefault(part, libbpf.get(state.PINS / ("counts" if part in state.LINKS else part)))
 
 
 def test_an_upgrade_while_it_is_served_has_no_gap(serving: int) -> None:
@@ -405,6 +405,31 @@ def test_an_upgrade_while_it_is_served_has_no_gap(serving: int) -> None:
     assert actor("syscall") == ["allowed"]
     FILE.write_text("disabled")
     assert actor("syscall:1") == ["EPERM"]
+
+
+@pytest.mark.parametrize("part", ["decide", "policy"])
+def test_a_damaged_policy_is_not_served_and_told_on_one_line(in_force: Callable[..., None], part: str) -> None:
+    in_force("kvm")
+    (state.PINS / part).unlink()
+    done = subprocess.run([Path(sys.executable).with_name("uffdguard"), "knob"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"the policy is damaged: not pinned: {part}; run uffdguard start\n" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert FILE.read_text() == "1\n"
+    assert state.server() is None
+
+
+def test_stop_takes_away_what_a_server_left_that_was_killed_while_it_waited(
+    in_force: Callable[..., None],
+) -> None:
+    in_force("kvm")
+    command = subprocess.Popen([Path(sys.executable).with_name("uffdguard"), "knob", "serve"])
+    until(knob.SOCKET.exists)
+    command.kill()
+    command.wait()
+    assert knob.SOCKET.exists()
+    guard.stop()
+    assert not native.RUN.exists()
 
 
 def test_without_a_policy_it_is_not_served() -> None:

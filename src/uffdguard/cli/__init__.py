@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> Any:
         if "--debug" in arguments:
             raise
         what = f"{error.filename}: " if error.filename else ""
-        fail(f"uffdguard: {what}{os.strerror(error.errno or 0)}; what was begun was undone; --debug shows more", 1)
+        fail(f"uffdguard: {what}{error.strerror or error}; --debug shows where", 1)
 
 
 def fail(line: str, status: int) -> None:
