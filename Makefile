@@ -20,7 +20,7 @@ LAB = $(VENV)/uffdguard lab --cpus 2 --memory 2G --timeout 2400 --kernel
 
 .PHONY: all setup packages packages-deb demo test test-unit test-host test-vm test-boot lint format wheel deb clean
 
-all: setup $(OBJECT) build/actor
+all: setup $(OBJECT) build/actor build/driver build/driver32
 
 setup: packages .venv/ready
 
@@ -45,6 +45,12 @@ $(OBJECT): src/uffdguard/kernel/guard.bpf.c hatch_build.py | packages
 build/actor: tests/vm/actor.c | packages
 	@mkdir -p build
 	clang -O1 -g -Wall -Wextra -Werror -pthread -o $@ $<
+
+# A 64-bit and a 32-bit program that need no C library: the headers are the kernel's own.
+build/driver build/driver32: tests/vm/driver.c | packages
+	@mkdir -p build
+	clang $(if $(filter %32,$@),-m32) -O1 -g -Wall -Wextra -Werror -ffreestanding -fno-stack-protector -fno-pic -static \
+		-nostdlib -idirafter /usr/include/x86_64-linux-gnu -o $@ $<
 
 demo: all
 	@$(LAB) $(KERNEL) -- $(VENV)/python tests/clients/demo.py $$(test -t 1 && echo --colour)

@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,7 +33,11 @@ USER = 1000
 #: The group that may open /dev/kvm where not everybody may.
 KVM_GROUP = 36
 
+BUILD = Path(__file__).parents[1] / "build"
 ACTOR = Path("/run/actor")
+
+#: Which preemption model the kernel runs by; each can be chosen at run time.
+PREEMPT = Path("/sys/kernel/debug/sched/preempt")
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +45,7 @@ def lab() -> None:
     """Make sure that root's changes do not outlive the tests, and put the actor where everybody can run it."""
     if "virtme" not in Path("/proc/cmdline").read_text():
         pytest.exit("these tests change the machine they run on: run them in the lab, with `make test-vm`", 4)
-    shutil.copy(Path(__file__).parents[1] / "build/actor", ACTOR)
+    shutil.copy(BUILD / "actor", ACTOR)
     ACTOR.chmod(0o755)
     os.chown(native.DEV_KVM, 0, KVM_GROUP)
 
@@ -97,6 +102,27 @@ def waiting_actor(*steps: str, user: int = USER) -> Iterator[Callable[[], list[s
 
         yield go_on
         process.kill()
+
+
+@contextlib.contextmanager
+def preemptible() -> Iterator[None]:
+    """Let the kernel preempt a task wherever it may, in a BPF program too."""
+    before = PREEMPT.read_text()
+    PREEMPT.write_text("full")
+    try:
+        yield
+    finally:
+        PREEMPT.write_text(before[before.index("(") + 1 : before.index(")")])
+
+
+@contextlib.contextmanager
+def load() -> Iterator[None]:
+    """Keep both CPUs busy with address spaces that open /dev/kvm and end, one after the other."""
+    with contextlib.ExitStack() as stack:
+        for _ in range(4):
+            process = stack.enter_context(subprocess.Popen([ACTOR, "generations:1000000000"], process_group=0))
+            stack.callback(os.killpg, process.pid, signal.SIGKILL)
+        yield
 
 
 def forked(job: Callable[[], object]) -> int:

@@ -189,6 +189,48 @@ static void others(void)
 	OTHER("fanotify", syscall(SYS_fanotify_init, 0x200, O_RDONLY));
 }
 
+/* One address space opens /dev/kvm and dies, the next one asks, round and round; print how many were refused. */
+static void generations(long number)
+{
+	int uffd = device(), status;
+	long refused = 0;
+
+	for (; number > 0; number--) {
+		if (!fork())
+			_exit(open("/dev/kvm", O_RDWR) < 0);
+		if (wait(&status) < 0 || status)
+			fail("/dev/kvm");
+		if (!fork())
+			_exit(ioctl(uffd, USERFAULTFD_IOC_NEW, 0) < 0 && errno == EPERM);
+		wait(&status);
+		refused += WIFEXITED(status) && WEXITSTATUS(status) == 1;
+	}
+	dprintf(1, "%ld\n", refused);
+}
+
+/* Address spaces that open /dev/kvm until they are allowed; print how many opens granted nothing. */
+static void until_allowed(long number)
+{
+	int uffd = device(), status;
+	long lost = 0;
+
+	for (; number > 0; number--) {
+		if (!fork()) {
+			for (int opens = 0;; opens++) {
+				if (open("/dev/kvm", O_RDWR) < 0)
+					fail("/dev/kvm");
+				if (ioctl(uffd, USERFAULTFD_IOC_NEW, 0) >= 0)
+					_exit(opens);
+			}
+		}
+		wait(&status);
+		if (!WIFEXITED(status))
+			fail("until-allowed");
+		lost += WEXITSTATUS(status);
+	}
+	dprintf(1, "%ld\n", lost);
+}
+
 static void *toucher(void *page)
 {
 	return (void *)(long)*(volatile char *)page;
@@ -307,6 +349,13 @@ static void run(char **steps)
 			opened = received(word);
 		else if (IS("close"))
 			close(opened);
+		else if (IS("opens"))
+			while (number--)
+				close(open("/dev/kvm", O_RDWR));
+		else if (IS("generations"))
+			generations(number);
+		else if (IS("until-allowed"))
+			until_allowed(number);
 		/* who we are */
 		else if (IS("become"))
 			become(number, 0);

@@ -17,6 +17,17 @@ if TYPE_CHECKING:
 __all__ = ["in_force", "lab", "nothing_in_force"]
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--steps", type=int, default=400, help="steps of the model against the kernel")
+
+
+@pytest.fixture
+def steps(request: pytest.FixtureRequest) -> int:
+    """Return how many steps the model shall go."""
+    number: int = request.config.getoption("--steps")
+    return number
+
+
 @pytest.fixture
 def variant(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return a function that has start load guard.bpf.c with one text replaced by another."""

@@ -1,0 +1,100 @@
+"""Address spaces come and go in the same memory: no grant passes to a later one, and nothing is left of it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from inside import ACTOR, USER, actor, load, preemptible
+
+from uffdguard import state
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+#: Keeps a program of ours busy for longer than a time slice.
+SLOW = """static long nothing(__u32 index, void *context)
+{
+	return 0;
+}
+
+"""
+LOOP = "bpf_loop(1 << 18, nothing, 0, 0);\n\t"
+
+
+@pytest.fixture(autouse=True)
+def mode(request: pytest.FixtureRequest, in_force: Callable[..., None]) -> None:
+    if "variant" not in request.fixturenames:
+        in_force("kvm")
+
+
+def at_once(*steps: str) -> list[int]:
+    """Let eight actors, on two CPUs, do STEPS at the same time; return the number that each has printed."""
+    actors = [
+        subprocess.Popen([ACTOR, *steps], user=USER, group=USER, extra_groups=[], stdout=subprocess.PIPE, text=True)
+        for _ in range(8)
+    ]
+    numbers = [int(process.communicate()[0]) for process in actors]
+    assert all(process.returncode == 0 for process in actors)
+    return numbers
+
+
+def kernel_memory() -> int:
+    """Return what the kernel uses for itself and cannot reclaim, in KiB."""
+    sizes = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return sum(int(sizes[name].split()[0]) for name in ("SUnreclaim", "Percpu", "VmallocUsed"))
+
+
+def test_ten_thousand_address_spaces_open_kvm_and_die_and_the_next_ten_thousand_are_refused() -> None:
+    assert actor("generations:10000") == ["10000"]
+    assert state.status().grants == 0
+
+
+def test_and_so_they_are_on_a_preemptible_kernel_under_load() -> None:
+    with preemptible(), load():
+        assert actor("generations:1000") == ["1000"]
+
+
+def test_opens_without_end_take_no_kernel_memory(steps: int) -> None:
+    opens = 250 * steps
+    actor("opens:10000")
+    before = kernel_memory()
+    actor(f"opens:{opens}")
+    grown = kernel_memory() - before
+    print(f"{opens} opens: {grown:+} KiB of kernel memory")
+    # One entry left behind by each open would be 64 bytes.
+    assert grown < opens * 64 // 1024 // 2
+
+
+class TestSkipped:
+    """The kernel skips a tracing program where it has preempted it on the same CPU: made likely by slow ones."""
+
+    def test_a_skipped_grant_is_lost_until_the_next_open(
+        self, variant: Callable[..., None], in_force: Callable[..., None]
+    ) -> None:
+        variant(
+            'SEC("fexit/misc_open")\nint BPF_PROG(grant, struct inode *inode, struct file *file, int ret)\n{\n\t',
+            f'{SLOW}SEC("fexit/misc_open")\n'
+            f"int BPF_PROG(grant, struct inode *inode, struct file *file, int ret)\n{{\n\t{LOOP}",
+        )
+        in_force("kvm")
+        with preemptible():
+            lost = sum(at_once("until-allowed:50"))
+        assert 0 < lost <= state.status().skipped
+        assert state.status().grants == 0
+
+    def test_what_a_skipped_forget_leaves_behind_grants_nobody(
+        self, variant: Callable[..., None], in_force: Callable[..., None]
+    ) -> None:
+        variant(
+            'SEC("fentry/exit_mmap")\nint BPF_PROG(forget, struct mm_struct *mm)\n{\n\t',
+            f'{SLOW}SEC("fentry/exit_mmap")\nint BPF_PROG(forget, struct mm_struct *mm)\n{{\n\t{LOOP}',
+        )
+        in_force("kvm")
+        with preemptible():
+            assert at_once("generations:50") == [50] * 8
+        left = state.status().grants
+        assert 0 < left <= state.status().skipped
+        assert actor("generations:100") == ["100"]
