@@ -170,6 +170,7 @@ def uffdguard(*arguments: str, user: int = 0) -> Outcome:
                 status = end.code if isinstance(end.code, int) else 0
             finally:
                 sys.stdout.flush()
+                sys.stderr.flush()
                 os._exit(status)
         _, ended = os.waitpid(pid, 0)
         out.seek(0)

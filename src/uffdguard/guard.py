@@ -20,7 +20,19 @@ from uffdguard.errors import Failure
 from uffdguard.kernel import features, layout, libbpf, native
 from uffdguard.policy import Mode, Policy, Reason, decide
 from uffdguard.proof import Asker
-from uffdguard.state import FOUND, LINKS, LOADED, PARTS, PINS, Pinned, foreign_pins, pinned, read_policy, server
+from uffdguard.state import (
+    FOUND,
+    LINKS,
+    LOADED,
+    PARTS,
+    PINS,
+    Pinned,
+    foreign_pins,
+    not_in_force,
+    pinned,
+    read_policy,
+    server,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -287,10 +299,9 @@ def set_mode(mode: Mode) -> None:
         if not native.PROC.is_mount():
             found.problems.append(f"no procfs is mounted on {native.PROC}")
         if not found.complete:
-            raise Failure(
-                f"the policy is damaged: {', '.join(found.problems)}" if found.pins else "the policy is not in force",
-                "run uffdguard start",
-            )
+            if not found.pins:
+                raise not_in_force()
+            raise Failure(f"the policy is damaged: {', '.join(found.problems)}", "run uffdguard start")
         with Asker() as asker:
             switch(found.fds, mode, asker)
 

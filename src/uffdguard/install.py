@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from uffdguard import config
 from uffdguard.errors import Failure
-from uffdguard.kernel import native
+from uffdguard.kernel import features, native
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -55,9 +55,11 @@ def files(command: Path, mode: Mode, completion: str) -> Iterator[tuple[Path, st
 def install(command: Path, mode: Mode, completion: str) -> None:
     """Put everything in place, in the stead of what an earlier install put there, and enable the units.
 
-    :raises Failure: a file is there that is not ours, or was changed since; nothing is changed then.
+    :raises Failure: the kernel is too old, or a file is there that is not ours or was changed since; nothing is
+        changed then.
     """
     native.need_root("installs")
+    features.require(features.kernel)
     native.check_mode(mode)
     known = _manifest()
     wanted = dict(files(command, mode, completion))

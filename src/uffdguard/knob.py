@@ -172,7 +172,7 @@ def serve(fuse: int) -> NoReturn:
         with guard.locked():
             # Under the lock, so that stop either sees this server or leaves nothing for it to hold.
             if not state.LOADED.exists():
-                raise Failure("the policy is not in force", "run uffdguard start")
+                raise state.not_in_force()
             lock = os.open(state.SERVER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -348,7 +348,7 @@ def _require() -> None:
 
     native.need_root("serves the interface file")
     if not state.LOADED.exists() or not native.PROC.is_mount():
-        raise Failure("the policy is not in force", "run uffdguard start")
+        raise state.not_in_force()
     if state.server():
         raise Failure("the interface file is being served already", "see uffdguard status")
     try:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from uffdguard.errors import Failure
-from uffdguard.kernel import layout, libbpf, native
+from uffdguard.kernel import features, layout, libbpf, native
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -145,6 +145,14 @@ def pinned() -> Iterator[Pinned]:
         yield found
 
 
+def not_in_force() -> Failure:
+    """Return what to say where no policy is in force: on a kernel that is too old, what start would say."""
+    kernel = features.kernel()
+    if kernel.state == "missing":
+        return Failure(f"the policy is not in force: {kernel.fact}", kernel.hint)
+    return Failure("the policy is not in force", "run uffdguard start")
+
+
 def current_mode() -> Mode:
     """Return the mode in force.
 
@@ -154,7 +162,7 @@ def current_mode() -> Mode:
     with pinned() as found:
         policy = found.policy()
         if policy is None or not found.has("decide"):
-            raise Failure("the policy is not in force", "run uffdguard start")
+            raise not_in_force()
         return policy.mode
 
 

@@ -9,7 +9,7 @@ import pytest
 from uffdguard import config, install
 from uffdguard.cli.install import completion
 from uffdguard.errors import Failure
-from uffdguard.kernel import native
+from uffdguard.kernel import features, native
 from uffdguard.policy import Mode, Policy
 
 COMMAND = Path("/opt/uffdguard/bin/uffdguard")
@@ -26,6 +26,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(install, "_systemctl", lambda *words: None)
     monkeypatch.setattr(native, "need_root", lambda what: None)
     monkeypatch.setattr(native, "has_kvm", lambda: True)
+    monkeypatch.setattr(features, "OLDEST", (0, 0))
     return tmp_path
 
 
@@ -52,6 +53,13 @@ def test_everything_is_put_in_place_and_taken_away(root: Path) -> None:
         assert "/usr/bin/" not in unit
     assert config.load().policy == Policy(Mode.KVM)
     assert install.uninstall() == []
+    assert written(root) == {}
+
+
+def test_nothing_is_put_in_place_on_a_kernel_that_is_too_old(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "OLDEST", (99, 0))
+    with pytest.raises(Failure, match=r"is older than Linux 99\.0; boot Linux 99\.0 or newer"):
+        install.install(COMMAND, Mode.KVM, completion())
     assert written(root) == {}
 
 

@@ -182,7 +182,7 @@ class TestWhatIsMissing:
 
     def test_the_hook(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(features, "HOOK", "no_such_hook")
-        self.refused("no no_such_hook for BPF", "boot Linux")
+        self.refused("no no_such_hook for BPF", "boot a kernel with CONFIG_BPF_LSM")
 
     def test_bpf_among_the_lsms(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / "lsm").write_text("lockdown,capability,apparmor")
@@ -191,7 +191,7 @@ class TestWhatIsMissing:
 
     def test_an_older_kernel(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(features, "OLDEST", (99, 0))
-        self.refused(os.uname().release, "boot Linux 6.1 or newer")
+        self.refused(f"{os.uname().release} is older than Linux 99.0", "boot Linux 99.0 or newer")
 
     def test_a_kernel_that_refuses_the_program(self, variant: Callable[..., None]) -> None:
         variant("return strict ? -EACCES : -EPERM;", "return *(int *)0x10;")

@@ -24,7 +24,9 @@ def command(json: bool) -> None:
     else:
         render.columns([(row.name, row.state, row.fact) for row in rows])
         hints: dict[str, list[str]] = {}
-        for row in rows:
+        # A kernel that is too old lacks more, and nothing but a newer one helps.
+        too_old = [row for row in rows if row.name == "kernel" and row.state == "missing"]
+        for row in too_old or rows:
             if row.state != "ok":
                 hints.setdefault(row.hint, []).append(row.name)
         for hint, names in hints.items():

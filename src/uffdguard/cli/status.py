@@ -35,6 +35,7 @@ def command(json: bool) -> None:
 
 def show(status: Status) -> None:
     """Print STATUS as text."""
+    from uffdguard import state
     from uffdguard.cli import render
 
     rows = [("policy", f"in force since {status.since}" if status.in_force else "not in force")]
@@ -56,3 +57,5 @@ def show(status: Status) -> None:
         click.echo(f"{click.style('problem', fg='red')}: {problem}")
     if status.problems:
         click.echo("uffdguard start repairs this; uffdguard stop ends it")
+    elif not status.in_force:
+        click.echo(state.not_in_force())

@@ -42,12 +42,13 @@ def rows() -> Iterator[Row]:
         yield check()
 
 
-def require() -> None:
-    """Make sure that nothing is missing that can be told without trying.
+def require(*checks: Callable[[], Row]) -> None:
+    """Make sure that nothing is missing of CHECKS, by default of all that can be told without trying.
 
     :raises Failure: for the first row that is ``missing``.
     """
-    for row in rows():
+    for check in checks or CHECKS:
+        row = check()
         if row.state == "missing":
             raise Failure(f"the policy cannot be put in force here: {row.name}: {row.fact}", row.hint)
 
@@ -93,11 +94,13 @@ def _machine() -> Row:
     return Row("machine", "ok", machine)
 
 
-def _kernel() -> Row:
+def kernel() -> Row:
+    """Tell whether this kernel is new enough."""
     release = os.uname().release
     version = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in release.split(".")[:2])
     if version < OLDEST:
-        return Row("kernel", "missing", release, "boot Linux 6.1 or newer")
+        oldest = "Linux {}.{}".format(*OLDEST)
+        return Row("kernel", "missing", f"{release} is older than {oldest}", f"boot {oldest} or newer")
     return Row("kernel", "ok", release)
 
 
@@ -121,7 +124,7 @@ def _hook() -> Row:
     except (Failure, OSError) as error:
         return Row("hook", "missing", f"cannot tell: {error}", "see the rows above")
     if not there:
-        return Row("hook", "missing", f"no {HOOK} for BPF", "boot Linux 5.12 or newer with CONFIG_BPF_LSM")
+        return Row("hook", "missing", f"no {HOOK} for BPF", "boot a kernel with CONFIG_BPF_LSM")
     return Row("hook", "ok", HOOK)
 
 
@@ -204,7 +207,7 @@ CHECKS: tuple[Callable[[], Row], ...] = (
     _privileges,
     _namespaces,
     _machine,
-    _kernel,
+    kernel,
     _libbpf,
     _btf,
     _hook,
