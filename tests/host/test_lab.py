@@ -64,6 +64,13 @@ def test_what_a_command_writes_is_gone_with_the_vm(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_a_module_that_is_not_signed_with_the_kernels_own_key_is_not_loaded() -> None:
+    script = "modprobe dummy && rmmod dummy && xz -dc $(modinfo -n dummy) | head -c -1 >/tmp/x.ko && ! insmod /tmp/x.ko"
+    done = lab("--", "sh", "-c", script)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "Key was rejected" in done.stderr
+
+
 def test_a_vm_that_counts_instructions_has_one_cpu() -> None:
     assert lab("--count-instructions", "--", "nproc").stdout == "1\n"
 

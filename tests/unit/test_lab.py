@@ -79,7 +79,7 @@ def test_a_line_that_the_archive_does_not_have_is_told_with_its_suites() -> None
         kernels.choose(OFFERED, kernels.find_line("6.18"))
 
 
-@pytest.mark.parametrize("word", ["5.10", "6", "6.13", "7", "7.3.4", "7x3", "", "../7.3"])
+@pytest.mark.parametrize("word", ["5.15", "6", "6.13", "7", "7.3.4", "7x3", "", "../7.3"])
 def test_a_line_that_there_is_not_is_refused(word: str) -> None:
     with pytest.raises(Failure, match="no kernel line"):
         kernels.find_line(word)
@@ -122,6 +122,32 @@ def test_a_cached_kernel_is_used_as_it_is(cache: Path, monkeypatch: pytest.Monke
     assert kernels.get("newest").release == "7.10.1+deb13-amd64"
 
 
+def test_a_cached_kernel_of_a_line_with_a_number_is_not_taken_for_the_newest(cache: Path) -> None:
+    (cache / "kernels/7.2/7.2.12+deb13-amd64").mkdir(parents=True)
+    assert kernels.cached(kernels.find_line("newest")) is None
+
+
+@pytest.mark.parametrize(
+    ("listed", "steps"), [(True, ["download binary modules"]), (False, ["download binary", "modules"])]
+)
+def test_modules_that_are_in_the_lists_no_more_are_fetched_from_the_pool(
+    listed: bool, steps: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[str] = []
+    names = [name for name in OFFERED if "7.2" in name] + ["linux-modules-7.2.12+deb13-amd64"] * listed
+
+    def download(apt: kernels.Apt, packages: Sequence[str], directory: Path, what: str) -> None:
+        taken.append(" ".join(["download", *(package.split("-")[1] for package in packages)]))
+
+    monkeypatch.setattr(kernels, "output", lambda argv: "")
+    monkeypatch.setattr(kernels.Apt, "update", lambda apt: None)
+    monkeypatch.setattr(kernels.Apt, "names", lambda apt: names)
+    monkeypatch.setattr(kernels.Apt, "download", download)
+    monkeypatch.setattr(kernels.Apt, "download_modules", lambda apt, directory, what: taken.append("modules"))
+    assert kernels.fetch(kernels.find_line("7.2")).release == "7.2.12+deb13-amd64"
+    assert taken == steps
+
+
 def test_another_machine_than_x86_64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     with pytest.raises(Failure, match="must be x86-64"):
@@ -133,17 +159,18 @@ def test_the_lines_are_listed_with_what_is_cached(cache: Path, capsys: pytest.Ca
     (cache / "kernels/7.3/7.3.4+deb13-amd64").mkdir(parents=True)
     status, out, err = run_cli(capsys, "kernels", "--json")
     assert (status, err) == (0, "")
-    assert json.loads(out) == [
-        {"line": "6.1", "cached": None},
-        {"line": "6.12", "cached": "6.12.90+deb12-amd64"},
-        {"line": "6.18", "cached": None},
-        {"line": "7.3", "cached": "7.3.4+deb13-amd64"},
-    ]
-    assert run_cli(capsys, "kernels")[1].splitlines()[0] == "6.1   not cached"
+    rows = {row.pop("line"): row for row in json.loads(out)}
+    assert list(rows) == [*(line.name for line in kernels.LINES[:-1]), "7.3"]
+    assert rows["5.10"] == {"supported": False, "cached": None}
+    assert rows["6.12"] == {"supported": True, "cached": "6.12.90+deb12-amd64"}
+    assert rows["7.3"] == {"supported": True, "cached": "7.3.4+deb13-amd64"}
+    first, second, *_ = run_cli(capsys, "kernels")[1].splitlines()
+    assert first.split(maxsplit=2) == ["5.10", "refused", "not cached"]
+    assert second.split(maxsplit=2) == ["6.1", "supported", "not cached"]
 
 
 def test_the_newest_line_has_no_number_while_nothing_is_known(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli(capsys, "kernels")[1].splitlines()[-1] == "7.x   not cached"
+    assert run_cli(capsys, "kernels")[1].splitlines()[-1].split()[0] == "7.x"
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def size(ctx: click.Context, param: click.Parameter, value: str) -> str:
     metavar="LINE",
     default="6.12",
     show_default=True,
-    help="Kernel line: 6.1, 6.12, 6.18, 7.x by its number, oldest or newest.",
+    help="A kernel line that lab kernels lists, or the oldest or newest supported.",
 )
 @click.option("--cpus", metavar="N", type=click.IntRange(1), help="CPUs of the VM; 2 by default.")
 @click.option(
@@ -97,9 +97,9 @@ def command(
     (exit status 1), when COMMAND was not done in time (124), and when the kernel reported a bug.
 
     The first time that a line is asked for, its highest kernel is fetched from the Debian archive that apt is
-    configured for; apt checks the signatures. It is kept in kernels/LINE/RELEASE below
-    $XDG_CACHE_HOME/uffdguard (~/.cache/uffdguard) and used from then on without the network; remove it there
-    to fetch anew. Nothing is installed on this machine.
+    configured for; apt checks the signatures, and of modules that have left its lists the kernel does. It is
+    kept in kernels/LINE/RELEASE below $XDG_CACHE_HOME/uffdguard (~/.cache/uffdguard) and used from then on
+    without the network; remove it there to fetch anew. Nothing is installed on this machine.
     """
     if ctx.invoked_subcommand:
         return
@@ -132,13 +132,15 @@ def command(
 def kernels(json: bool) -> None:
     """List the kernel lines and what is cached.
 
-    Oldest line first, with the release that is in the cache. Does not use the network.
+    Oldest line first, with the release that is in the cache. On a line that is refused the policy cannot be put
+    in force. Does not use the network.
     """
     from uffdguard.cli import render
     from uffdguard.lab import kernels
 
     rows = list(kernels.table())
     if json:
-        render.as_json([{"line": name, "cached": release} for name, release in rows])
+        render.as_json([{"line": name, "supported": supported, "cached": release} for name, supported, release in rows])
     else:
-        render.columns([(name, release or "not cached") for name, release in rows])
+        told = {True: "supported", False: "refused"}
+        render.columns([(name, told[supported], release or "not cached") for name, supported, release in rows])

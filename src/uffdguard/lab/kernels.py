@@ -23,20 +23,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Line:
-    """A kernel line and the suites of the Debian archive that carry it."""
+    """A kernel line, the suites of the Debian archive that carry it, and whether the policy can be in force on it."""
 
     name: str
     suites: tuple[str, ...]
+    supported: bool = True
 
 
-#: Oldest first. The last is whatever is newest: its number is known from the archive only.
+#: All that the archive carries, oldest first: what the lab boots, `make test` and `make test-matrix` try, and
+#: docs/kernels.md tells of. The last is whatever is newer than the others: its number is known from the archive only.
 LINES = (
+    Line("5.10", ("bullseye", "bullseye-security"), supported=False),
     Line("6.1", ("bookworm", "bookworm-security")),
     Line("6.12", ("trixie", "trixie-security", "bookworm-security")),
-    Line("6.18", ("trixie-backports",)),
-    Line("7.x", ("trixie-backports",)),
+    *(Line(name, ("trixie-backports",)) for name in ("6.16", "6.17", "6.18", "6.19", "7.0", "7.1", "7.2", "7.x")),
 )
-OLDEST, *_, NEWEST = LINES
+OLDEST = next(line for line in LINES if line.supported)
+*_, BEFORE_NEWEST, NEWEST = LINES
 
 #: The package of the image, without the flavours (cloud, rt), the unsigned and the debugging ones.
 IMAGE = re.compile(r"linux-(?:image|binary)-(\d+\.\d+\.\d+(?:\+[a-z]+[\d.]+|-\d+)?-amd64)")
@@ -88,7 +91,9 @@ def line_name(release: str) -> str:
 
 def belongs(release: str, line: Line) -> bool:
     """Whether RELEASE is one of LINE."""
-    return version(release) >= (7,) if line == NEWEST else line_name(release) == line.name
+    if line == NEWEST:
+        return version(release)[:2] > version(BEFORE_NEWEST.name)
+    return line_name(release) == line.name
 
 
 def find_line(word: str) -> Line:
@@ -112,8 +117,8 @@ def cached(line: Line) -> Kernel | None:
     return Kernel(path.name, path) if path else None
 
 
-def table() -> Iterator[tuple[str, str | None]]:
-    """Give each line's name and the release that is cached, or None. Uses no network."""
+def table() -> Iterator[tuple[str, bool, str | None]]:
+    """Give each line's name, whether it is supported, and the release that is cached or None. Uses no network."""
     for line in LINES:
         kernel = cached(line)
         name = line_name(kernel.release) if kernel else line.name
@@ -121,7 +126,7 @@ def table() -> Iterator[tuple[str, str | None]]:
             # Lists that are already here tell its number.
             with contextlib.suppress(Failure):
                 name = line_name(choose(Apt(line.suites).names(), line)[0])
-        yield name, kernel.release if kernel else None
+        yield name, line.supported, kernel.release if kernel else None
 
 
 def get(word: str) -> Kernel:
@@ -150,12 +155,16 @@ def fetch(line: Line) -> Kernel:
         if kernel := cached(line):
             return kernel
         apt.update()
-        release, packages = choose(apt.names(), line)
+        names = apt.names()
+        release, packages = choose(names, line)
         partial = apt.directory / "partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
             (partial / "root").mkdir(parents=True)
-            apt.download(packages, partial, f"Linux {release.removesuffix('-amd64')}")
+            what = f"Linux {release.removesuffix('-amd64')}"
+            apt.download([name for name in packages if name in names], partial, what)
+            if not set(packages) <= set(names):
+                apt.download_modules(partial, what)
             for package in partial.glob("*.deb"):
                 output([dpkg_deb, "-x", package, partial / "root"])
             # Builds of kmod differ in whether they look below /lib or below /usr/lib.
@@ -248,7 +257,7 @@ class Apt:
 
     def names(self) -> list[str]:
         """Return the names of the kernel packages in the lists."""
-        search = ["search", "--names-only", "^linux-(image|binary)-[0-9]"]
+        search = ["search", "--names-only", "^linux-(image|binary|modules)-[0-9]"]
         rows = output([need("apt-cache", "apt"), *self.suites_only, *search]).splitlines()
         return [row.split()[0] for row in rows]
 
@@ -258,7 +267,31 @@ class Apt:
         Raises:
             Failure: apt could not.
         """
-        argv = [self.get, *self.suites_only, "-q", "-o", "APT::Status-Fd=1", "download", *packages]
+        self.watch([self.get, *self.suites_only, "-q", "download", *packages], directory, what)
+
+    def download_modules(self, directory: Path, what: str) -> None:
+        """Download what belongs to the linux-binary-* in DIRECTORY from the pool of the archive, and show progress.
+
+        A new kernel in a suite takes the linux-modules-* before it out of the lists, which are signed. It leaves
+        their file in the pool, and in the lists linux-binary-*: another source package has it. So nothing vouches for
+        the file but the modules' own signatures. The kernel that apt has checked has their key, and the lab has it
+        ask for them.
+
+        Raises:
+            Failure: apt could not.
+        """
+        (binary,) = directory.glob("linux-binary-*.deb")
+        name = binary.name.replace("binary", "modules", 1)
+        uri = f"{self.uris()['Debian']}pool/main/l/linux/{name}"
+        self.watch(["/usr/lib/apt/apt-helper", *self.suites_only, "download-file", uri, name], directory, what)
+
+    def watch(self, command: Sequence[str], directory: Path, what: str) -> None:
+        """Run a COMMAND of apt in DIRECTORY and show its progress.
+
+        Raises:
+            Failure: It failed.
+        """
+        argv = [*command, "-o", "APT::Status-Fd=1"]
         with (
             (directory / "stderr").open("w+b") as stderr,
             progress(f"fetching {what}") as show,

@@ -63,6 +63,9 @@ echo $? >{shared}/status
 #: and for BPF trampolines: the kernel dies of "Oops: int3".
 ONE_THREAD = ("-accel", "tcg,thread=single")
 
+#: A kernel loads its own modules only: apt could not check those of some, see Apt.download_modules().
+SIGNED = "module.sig_enforce=1"
+
 #: Without the user's .bashrc: what that starts may take longer here than the VM took to boot.
 BASH = ("env", r"PS1=\u@\h:\w\$ ", "bash", "--norc", "-i")
 
@@ -179,7 +182,7 @@ def virtme(kernel: Kernel, shared: Path, overlaid: Iterable[str], *, terminal: b
     if virtme_run is None:
         raise Failure("lab: virtme-ng is not installed", "run `pip install 'uffdguard[lab]'`")
     argv = [virtme_run, "--kimg", str(kernel.image), "--mods", "auto", "--disable-kvm", "--force-9p"]
-    argv += ["--name", "lab", "--kopt", "panic=-1", "--rwdir", f"{SHARED}={shared}"]
+    argv += ["--name", "lab", "--kopt", "panic=-1", "--kopt", SIGNED, "--rwdir", f"{SHARED}={shared}"]
     argv += [word for directory in overlaid for word in ("--overlay-rwdir", directory)]
     if terminal:
         return [*argv, "--shell", f"{SHARED}/boot"]
