@@ -1,10 +1,12 @@
 # make demo: all it needs, and the main job shown. make test: all it needs, and the tests passed.
 
 PYTHON ?= python3
-# The kernels on which `make test` runs tests/vm and tests/clients, at the same time: a VM keeps one core busy.
-KERNELS ?= 6.12 newest
+# The kernels on which `make test` runs SUITES, at the same time: a VM keeps one core busy.
+KERNELS ?= oldest newest
 # The kernel of `make test-vm` and `make demo`.
 KERNEL ?= 6.12
+# The suites for a kernel on which the policy can be in force.
+SUITES = tests/vm tests/clients
 
 DEBIAN_PACKAGES = busybox-static clang file groff-base kmod libbpf-dev libc6-dev libfuse3-3 procps python3-venv qemu-system-x86
 
@@ -18,7 +20,7 @@ VENV = .venv/bin
 OBJECT = src/uffdguard/kernel/guard.bpf.o
 LAB = $(VENV)/uffdguard lab --cpus 2 --memory 2G --timeout 2400 --kernel
 
-.PHONY: all setup packages packages-deb demo test test-unit test-host test-vm test-boot lint format wheel deb clean
+.PHONY: all setup packages packages-deb demo test test-unit test-host test-vm test-matrix test-boot lint format wheel deb clean
 
 all: setup $(OBJECT) build/actor build/driver build/driver32
 
@@ -56,7 +58,7 @@ demo: all
 	@$(LAB) $(KERNEL) -- $(VENV)/python tests/clients/demo.py $$(test -t 1 && echo --colour)
 
 test: test-unit test-host
-	@echo "tests/vm and tests/clients on Linux $(KERNELS): 10 minutes or so"
+	@echo "$(SUITES) on the kernels $(KERNELS): 10 minutes or so"
 	@$(MAKE) --no-print-directory -j2 --output-sync=target $(KERNELS:%=test-vm-%)
 
 test-unit: all
@@ -69,7 +71,11 @@ test-host: all
 test-vm: test-vm-$(KERNEL)
 
 test-vm-%: all
-	$(LAB) $* -- $(VENV)/pytest $(or $(TESTS),tests/vm tests/clients)
+	$(LAB) $* -- $(VENV)/pytest $(or $(TESTS),$(SUITES))
+
+# On every kernel line of the lab, those that are refused too: an hour or more. Without TESTS it writes docs/kernels.md.
+test-matrix: all
+	$(VENV)/python tests/matrix.py $(or $(TESTS),--write docs/kernels.md $(SUITES) tests/refused)
 
 # A Debian of its own, booted with systemd, the package installed, upgraded and removed: 10 minutes or so.
 test-boot: packages-deb all

@@ -1,0 +1,108 @@
+"""The kernels: one table in the lab, and what the documents and the other parts say agrees with it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matrix
+import pytest
+import readme
+
+from uffdguard.kernel import features
+from uffdguard.lab import kernels
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Whole = Callable[..., tuple[int, list[tuple[str, str]]]]
+
+PAGE = readme.ROOT / "docs/kernels.md"
+RELEASES = {line: kernels.Kernel(f"{line.name}.9-amd64", Path("/none")) for line in kernels.LINES[:-1]}
+RELEASES[kernels.NEWEST] = kernels.Kernel("7.9.9-amd64", Path("/none"))
+
+
+def rows(text: str) -> list[list[str]]:
+    """Return the cells of the table in TEXT, without its heading."""
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+
+
+def test_the_documented_lines_are_those_of_the_table_with_what_is_refused() -> None:
+    found = rows(PAGE.read_text())
+    assert len(found) == len(kernels.LINES)
+    for (name, policy, release, *_), line in zip(found, kernels.LINES, strict=True):
+        assert kernels.belongs(release, line)
+        assert (name, policy) == (kernels.line_name(release), "supported" if line.supported else "refused")
+
+
+def test_the_oldest_supported_line_is_what_the_readme_and_the_product_say() -> None:
+    assert kernels.version(kernels.OLDEST.name) == features.OLDEST
+    assert f"It needs Linux {kernels.OLDEST.name} or newer" in (readme.ROOT / "README.md").read_text()
+    assert [line.supported for line in kernels.LINES] == sorted(line.supported for line in kernels.LINES)
+
+
+@pytest.mark.parametrize(
+    ("status", "log", "expected"),
+    [
+        (0, "=== 12 passed in 61.50s (0:01:01) ===\n", (True, "12 passed, 1:02")),
+        (0, "12 passed, 3 skipped in 5.00s\nmore\n", (True, "12 passed, 3 skipped, 0:05")),
+        (2, "=== 1 failed, 12 passed in 5.00s ===\n", (False, "1 failed, 12 passed, 0:05")),
+        (2, "=== 12 passed in 5.00s ===\nuffdguard: lab: not done\n", (False, "12 passed, 0:05")),
+        (0, "=== 3 skipped in 5.00s ===\n", (False, "3 skipped, 0:05")),
+        (0, "", (False, "not finished, status 0")),
+        (2, "== 12 passed\n", (False, "not finished, status 2")),
+    ],
+)
+def test_a_suite_has_passed_when_pytest_and_the_exit_status_say_so(
+    status: int, log: str, expected: tuple[bool, str]
+) -> None:
+    assert matrix.summary(status, log) == matrix.Result(*expected)
+
+
+@pytest.fixture
+def whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Whole:
+    """Return a function that runs the matrix without VMs, the suites on the line given failing."""
+
+    def whole(failing: str = "") -> tuple[int, list[tuple[str, str]]]:
+        ran = []
+
+        def run(line: str, suite: str) -> matrix.Result:
+            ran.append((line, suite))
+            return matrix.Result(passed=line != failing, text="3 passed, 1 skipped, 0:05")
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(matrix, "run", run)
+        monkeypatch.setattr(matrix, "debian_version", lambda kernel: "1-1")
+        monkeypatch.setattr(kernels, "get", lambda word: RELEASES[kernels.find_line(word)])
+        monkeypatch.setattr(sys, "argv", ["matrix.py", "--write", "page", "tests/vm", "tests/refused"])
+        return matrix.main(), sorted(ran)
+
+    return whole
+
+
+def test_each_line_runs_the_suites_that_are_for_it(whole_run: Whole, tmp_path: Path) -> None:
+    status, ran = whole_run()
+    names = [kernels.line_name(RELEASES[line].release) for line in kernels.LINES]
+    expected = zip(names, kernels.LINES, strict=True)
+    assert ran == sorted((name, "tests/vm" if line.supported else "tests/refused") for name, line in expected)
+    assert status == 0
+    written = rows((tmp_path / "page").read_text())
+    assert [row[0] for row in written] == names
+    assert written[0][-2:] == ["", "3 passed, 1 skipped, 0:05"]
+    assert written[1][-2:] == ["3 passed, 1 skipped, 0:05", ""]
+
+
+def test_a_failed_run_leaves_the_page_as_it_was(whole_run: Whole, tmp_path: Path) -> None:
+    (tmp_path / "page").write_text("as it was")
+    assert whole_run("7.0")[0] == 1
+    assert (tmp_path / "page").read_text() == "as it was"
+
+
+def test_the_debian_version_is_read_from_the_image_itself(tmp_path: Path) -> None:
+    image = tmp_path / "boot/vmlinuz-6.1.0-9-amd64"
+    image.parent.mkdir()
+    words = b"6.1.0-9-amd64 (debian-kernel@lists.debian.org) #1 SMP Debian 6.1.27-1 (2023-05-08)\0rest"
+    image.write_bytes(bytes(0x20E) + (0x100).to_bytes(2, "little") + bytes(0xF0) + words)
+    assert matrix.debian_version(kernels.Kernel("6.1.0-9-amd64", tmp_path)) == "6.1.27-1"
