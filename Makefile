@@ -18,7 +18,8 @@ VERSION ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/uffdguard/__init_
 
 VENV = .venv/bin
 OBJECT = src/uffdguard/kernel/guard.bpf.o
-LAB = $(VENV)/uffdguard lab --cpus 2 --memory 2G --timeout 2400 --kernel
+# With the system calls of x32, which Debian's kernels have but turn off, so that they are tried too.
+LAB = $(VENV)/uffdguard lab --cpus 2 --memory 2G --append syscall.x32=y --timeout 2400 --kernel
 
 .PHONY: all setup packages packages-deb demo test test-unit test-host test-vm test-matrix test-boot lint format wheel deb clean
 
@@ -46,7 +47,7 @@ $(OBJECT): src/uffdguard/kernel/guard.bpf.c hatch_build.py | packages
 
 build/actor: tests/vm/actor.c | packages
 	@mkdir -p build
-	clang -O1 -g -Wall -Wextra -Werror -pthread -o $@ $<
+	clang -O1 -g -Wall -Wextra -Werror -pthread -static -o $@ $<
 
 # A 64-bit and a 32-bit program that need no C library: the headers are the kernel's own.
 build/driver build/driver32: tests/vm/driver.c | packages

@@ -120,7 +120,7 @@ def load() -> Iterator[None]:
     """Keep both CPUs busy with address spaces that open /dev/kvm and end, one after the other."""
     with contextlib.ExitStack() as stack:
         for _ in range(4):
-            process = stack.enter_context(subprocess.Popen([ACTOR, "generations:1000000000"], process_group=0))
+            process = stack.enter_context(subprocess.Popen([ACTOR, "churn"], process_group=0))
             stack.callback(os.killpg, process.pid, signal.SIGKILL)
         yield
 

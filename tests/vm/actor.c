@@ -208,7 +208,15 @@ static void generations(long number)
 	dprintf(1, "%ld\n", refused);
 }
 
-/* Address spaces that open /dev/kvm until they are allowed; print how many opens granted nothing. */
+/* The same without a question, for ever. */
+static void churn(void)
+{
+	for (;; wait(NULL))
+		if (!fork())
+			_exit(open("/dev/kvm", O_RDWR));
+}
+
+/* Address spaces that open /dev/kvm until they are allowed; print how many the first open did not grant. */
 static void until_allowed(long number)
 {
 	int uffd = device(), status;
@@ -216,15 +224,18 @@ static void until_allowed(long number)
 
 	for (; number > 0; number--) {
 		if (!fork()) {
-			for (int opens = 0;; opens++) {
-				if (open("/dev/kvm", O_RDWR) < 0)
+			for (int first = 1;; first = 0) {
+				int fd = open("/dev/kvm", O_RDWR);
+
+				if (fd < 0)
 					fail("/dev/kvm");
+				close(fd);
 				if (ioctl(uffd, USERFAULTFD_IOC_NEW, 0) >= 0)
-					_exit(opens);
+					_exit(!first);
 			}
 		}
 		wait(&status);
-		if (!WIFEXITED(status))
+		if (!WIFEXITED(status) || WEXITSTATUS(status) > 1)
 			fail("until-allowed");
 		lost += WEXITSTATUS(status);
 	}
@@ -354,6 +365,8 @@ static void run(char **steps)
 				close(open("/dev/kvm", O_RDWR));
 		else if (IS("generations"))
 			generations(number);
+		else if (IS("churn"))
+			churn();
 		else if (IS("until-allowed"))
 			until_allowed(number);
 		/* who we are */

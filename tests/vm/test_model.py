@@ -7,6 +7,7 @@ its lines into a function that has ``state = Model()``.
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 import stat
@@ -53,6 +54,8 @@ USERFAULTFD_IOC_NEW = 0xAA00
 UFFD_USER_MODE_ONLY = 1
 #: What userfaultfd(2) knows: O_CLOEXEC and O_NONBLOCK too.
 KNOWN = 0x80000 | 0x800 | UFFD_USER_MODE_ONLY
+
+FLAGS = (0, 1, 0x80000, 0x80801, 2, 3, 1 << 31, 1 << 32, 1 << 32 | 1, (1 << 64) - 1)
 
 #: Another node of the same device, as a container has it.
 NODE = "/run/kvm"
@@ -319,33 +322,33 @@ class Model(RuleBasedStateMachine):
 
     @rule(
         who=who,
-        abi=st.sampled_from(Abi),
-        device=st.sampled_from(("", "own", "passed")),
-        flags=st.sampled_from((0, 1, 0x80000, 0x80801, 2, 3, 0x80000000, 1 << 32, 1 << 32 | 1, (1 << 64) - 1)),
+        flags=st.sampled_from(FLAGS),
         misleading=st.booleans(),
     )
-    def ask(self, who: int, abi: Abi, device: str, flags: int, misleading: bool) -> None:
+    def ask(self, who: int, flags: int, misleading: bool) -> None:
+        """Ask in every way there is."""
         subject = self.one(who)
-        if subject.process.bits == 32:
-            abi = Abi.INT80
-        elif abi is Abi.X32 and not self.has_x32:
-            abi = Abi.NATIVE_64
-        call, arguments = "userfaultfd", [flags]
-        if device:
-            call, arguments = "ioctl", [self.device(subject, device), USERFAULTFD_IOC_NEW, flags]
-        registers = dict(zip(abi.arguments, arguments, strict=False))
-        if misleading:
-            registers = MISLEADING | registers
-        before = self.decisions()
-        result: int = subject.enter(abi, registers | {"ax": abi.number(call)}).result
-        if result >= 0:
-            subject.call("close", result)
-        self.check(subject, flags, device == "", result, before)
+        for abi in [Abi.INT80] if subject.process.bits == 32 else Abi:
+            if abi is not Abi.X32 or self.has_x32:
+                for device in ("", "own", "passed"):
+                    self.ask_by(subject, abi, device, flags, misleading)
 
     # What must follow.
 
-    def check(self, subject: Subject, flags: int, by_syscall: bool, result: int, before: dict[Reason, int]) -> None:
-        """Compare an answer, and the reason that was counted, with the model's."""
+    def ask_by(self, subject: Subject, abi: Abi, device: str, flags: int, misleading: bool) -> None:
+        """Compare one answer, and the reason that was counted, with the model's."""
+        call, arguments = "userfaultfd", [flags]
+        if device:
+            call, arguments = "ioctl", [self.device(subject, device), USERFAULTFD_IOC_NEW, flags]
+        registers = dict(zip(abi.arguments, arguments, strict=False)) | {"ax": abi.number(call)}
+        before = self.decisions()
+        result: int = subject.enter(abi, MISLEADING | registers if misleading else registers).result
+        after = self.decisions()
+        counted = [word for word in after for _ in range(after[word] - before[word])]
+        if result >= 0:
+            subject.call("close", result)
+            result = 0
+
         flags &= 0xFFFFFFFF  # an int
         request = Request(
             capability=subject.effective and subject.initial,
@@ -353,7 +356,7 @@ class Model(RuleBasedStateMachine):
             kvm=subject.process.mm.granted,
         )
         # What the kernel asks before any hook: fs/userfaultfd.c.
-        native_allows = not by_syscall or request.user_mode_only or request.capability
+        native_allows = bool(device) or request.user_mode_only or request.capability
         native_allows |= self.policy is not None and self.policy.mode.native_value == 1
         reason = None
         if not native_allows:
@@ -365,24 +368,17 @@ class Model(RuleBasedStateMachine):
         else:
             reason = decide(self.policy, request)
             expected = 0 if reason.allowed else -errno.EPERM
-        after = self.decisions()
-        counted = [word for word in after for _ in range(after[word] - before[word])]
         if self.loaded and reason is Reason.KVM and counted == [Reason.NO_KVM] and skipped():
             subject.process.mm.granted = False  # a grant may be lost
             return
-        assert (min(result, 0), counted) == (expected, [reason] if reason else [])
+        question = (abi, device, hex(flags), misleading)
+        assert (*question, result, counted) == (*question, expected, [reason] if reason else [])
 
     @invariant()
     def everybody_gets_what_the_model_says(self) -> None:
         type(self).steps += 1
         for subject in self.free():
-            before = self.decisions()
-            abi = subject.abi
-            arguments = [self.device(subject, "passed"), USERFAULTFD_IOC_NEW, 0]
-            result = subject.call("ioctl", *arguments, abi=abi)
-            if result >= 0:
-                subject.call("close", result)
-            self.check(subject, 0, False, result, before)
+            self.ask_by(subject, subject.abi, "passed", 0, misleading=False)
 
     @invariant()
     def every_grant_is_of_a_live_address_space(self) -> None:
@@ -470,6 +466,20 @@ def run(steps: int) -> None:
         ),
     )
     print(f"{Model.steps} steps, {'with' if Model.has_x32 else 'without'} x32")
+
+
+@pytest.mark.parametrize("mode", [Mode.DISABLED, Mode.KVM])
+@pytest.mark.parametrize("user_mode_only", [False, True])
+@pytest.mark.parametrize("bits", [64, 32])
+def test_every_way_with_every_flag(subjects: None, mode: Mode, user_mode_only: bool, bits: int) -> None:
+    model = Model()
+    try:
+        model.begin(mode, user_mode_only)
+        model.exec(0, bits)
+        for flags, misleading in itertools.product(FLAGS, (False, True)):
+            model.ask(0, flags, misleading)
+    finally:
+        model.teardown()
 
 
 def test_the_kernel_answers_as_the_model_does(subjects: None, steps: int) -> None:

@@ -65,6 +65,12 @@ def size(ctx: click.Context, param: click.Parameter, value: str) -> str:
     "load of this machine. With one CPU.",
 )
 @click.option(
+    "--append",
+    metavar="PARAMETER",
+    multiple=True,
+    help="A parameter for the kernel's command line, such as preempt=full; can be given more than once.",
+)
+@click.option(
     "--timeout",
     metavar="SECONDS",
     type=click.FloatRange(0, min_open=True),
@@ -77,6 +83,7 @@ def command(
     cpus: int | None,
     memory: str,
     count_instructions: bool,
+    append: tuple[str, ...],
     timeout: float | None,
 ) -> None:
     """Run COMMAND as root on a stock kernel.
@@ -122,6 +129,7 @@ def command(
         cpus=cpus or (1 if count_instructions else 2),
         memory=memory,
         count_instructions=count_instructions,
+        append=append,
         timeout=timeout,
     )
     ctx.exit(status)

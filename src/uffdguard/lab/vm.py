@@ -77,19 +77,21 @@ def run(
     cpus: int = 2,
     memory: str = "1G",
     count_instructions: bool = False,
+    append: Sequence[str] = (),
     timeout: float | None = None,
 ) -> int:
     """Boot KERNEL, run COMMAND in it as root and return its exit status; an empty COMMAND is a shell.
 
-    What COMMAND prints is printed as it comes. TIMEOUT is in seconds, for boot and COMMAND together; when it
-    is over, 124 is returned. Whatever happens, no process is left behind.
+    APPEND is added to the kernel's command line. What COMMAND prints is printed as it comes. TIMEOUT is in
+    seconds, for boot and COMMAND together; when it is over, 124 is returned. Whatever happens, no process is left
+    behind.
 
     Raises:
         Failure: A tool is missing, or the VM ended before COMMAND did.
     """
     deadline = time.monotonic() + timeout if timeout else None
     closed = closed_directories([Path.cwd(), Path(sys.prefix), Path(sys.base_prefix)])
-    options = ["--cpus", str(cpus), "--memory", memory]
+    options = ["--cpus", str(cpus), "--memory", memory, *(f"--kopt={word}" for word in append)]
     counted = ["-icount", "shift=0,sleep=off"] if count_instructions else []
     shared = Path(tempfile.mkdtemp(prefix="uffdguard-lab-"))
     keep = False
