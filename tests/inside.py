@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +22,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from uffdguard import cli, guard, state
-from uffdguard.kernel import native
+from uffdguard import cli, guard, knob, state
+from uffdguard.kernel import libbpf, native
 from uffdguard.policy import Mode, Policy
+from uffdguard.steps import log
 
 if TYPE_CHECKING:
+    import mmap
     from collections.abc import Callable, Iterator
 
 #: An ordinary user: no group of /dev/kvm, no capability.
@@ -139,6 +143,57 @@ def forked(job: Callable[[], object]) -> int:
         finally:
             os._exit(1)
     return pid
+
+
+class Killer(logging.Handler):
+    """Kills its own process with SIGKILL when a step is about to be taken; or only notes the steps.
+
+    :param step: its name, or its place among those that are taken.
+    :param mark: a byte that processes share, for the kill waits until it is ARMED, and makes it HIT.
+    """
+
+    ARMED, HIT = 1, 2
+
+    def __init__(self, step: str | int | None = None, mark: mmap.mmap | None = None) -> None:
+        super().__init__()
+        self.step = step
+        self.mark = mark
+        self.seen: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.seen.append(record.getMessage())
+        if self.step not in (record.getMessage(), len(self.seen) - 1):
+            return
+        if self.mark is not None:
+            if self.mark[0] != self.ARMED:
+                return
+            self.mark[0] = self.HIT
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def watched(killer: Killer) -> Iterator[list[str]]:
+    """Let KILLER see the steps; give those that it has seen."""
+    log.setLevel(logging.DEBUG)
+    log.addHandler(killer)
+    try:
+        yield killer.seen
+    finally:
+        log.removeHandler(killer)
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Wait until CONDITION holds; fail when it does not within 60 s."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def hold_maps_only(server: knob.Server) -> None:
+    """Stand in for knob.Server.hold, as if the references to the links had been lost."""
+    for part in state.PARTS:
+        server.held.setdefault(part, libbpf.get(state.PINS / ("counts" if part in state.LINKS else part)))
 
 
 @dataclass

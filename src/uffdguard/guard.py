@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import logging
 import os
 import select
 import signal
@@ -33,43 +32,38 @@ from uffdguard.state import (
     read_policy,
     server,
 )
+from uffdguard.steps import Steps, log, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-log = logging.getLogger("uffdguard")
-
-#: The steps of start, mode and stop. The log names each as it is taken, and tests kill at each.
-STEPS = (
-    "mount procfs",
-    "mount bpffs",
-    "record the native knob",
-    "load",
-    "attach grant",
-    "attach forget",
-    "seed",
-    "attach decide",
-    "ask strictly",
-    "set the policy",
-    "ask",
-    *(f"pin {part}" for part in PARTS),
-    "set the native knob",
-    "ask by system call",
-    "record the object",
-    "close the native knob",
-    "uncover the native file",
-    *(f"unpin {part}" for part in reversed(PARTS)),
-    "restore the native knob",
-    "unmount procfs",
+#: The steps of start, mode and stop.
+STEPS = Steps(
+    (
+        "mount procfs",
+        "mount bpffs",
+        "record the native knob",
+        "load",
+        "attach grant",
+        "attach forget",
+        "seed",
+        "attach decide",
+        "ask strictly",
+        "set the policy",
+        "ask",
+        *(f"pin {part}" for part in PARTS),
+        "set the native knob",
+        "ask by system call",
+        "record the object",
+        "close the native knob",
+        "uncover the native file",
+        *(f"unpin {part}" for part in reversed(PARTS)),
+        "restore the native knob",
+        "unmount procfs",
+    )
 )
-
-
-def step(name: str) -> None:
-    """Say that the step NAME is about to be taken."""
-    if name not in STEPS:
-        raise ValueError(name)
-    log.debug("%s", name)
+step = STEPS.take
 
 
 @contextlib.contextmanager
@@ -133,7 +127,7 @@ def start(configured: Policy, mode: Mode | None = None) -> bool:
         if not FOUND.exists():
             step("record the native knob")
             # With a policy in force and its record lost, the knob's value is ours and not what was found.
-            _write(FOUND, str(0 if found.has("decide") else native.read_knob()))
+            write(FOUND, str(0 if found.has("decide") else native.read_knob()))
             undo.callback(FOUND.unlink)
         if found.complete and _same_object():
             changed = current != wanted or native.read_knob() != wanted.mode.native_value or _is_armed(found)
@@ -231,7 +225,7 @@ def _replace(found: Pinned, wanted: Policy, held: contextlib.ExitStack, undo: co
         raise Failure(f"cannot attach the policy: {error}", "see uffdguard doctor") from error
     _change(fds, wanted, held.enter_context(Asker()), undo, pin_over=found)
     step("record the object")
-    _write(LOADED, _object_hash())
+    write(LOADED, _object_hash())
 
 
 def _change(
@@ -376,16 +370,6 @@ def _object_hash() -> str:
 
 def _same_object() -> bool:
     return LOADED.exists() and LOADED.read_text() == _object_hash()
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all."""
-    fresh = path.with_name(f"{path.name}.new")
-    try:
-        fresh.write_text(text)
-        fresh.rename(path)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def _remove_if_empty(directory: Path) -> None:

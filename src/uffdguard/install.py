@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from uffdguard import config
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, native
+from uffdguard.steps import Steps, beside, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -30,6 +31,20 @@ COMPLETION = Path("/usr/local/share/bash-completion/completions/uffdguard")
 PACKAGED = "/usr/bin/uffdguard"
 
 NAMES = ("uffdguard.service", "uffdguard-knob.service")
+
+#: The steps of install and uninstall.
+STEPS = Steps(
+    (
+        "remove the older files",
+        "list the files",
+        "write a file",
+        "enable the units",
+        "disable the units",
+        "remove a file",
+        "remove the list",
+    )
+)
+step = STEPS.take
 
 
 def shared() -> Path:
@@ -66,12 +81,19 @@ def install(command: Path, mode: Mode, completion: str) -> None:
     foreign = [str(path) for path in wanted if path.exists() and _hash(path.read_text()) != known.get(str(path))]
     if foreign:
         raise Failure(f"not put there by us, or changed since: {', '.join(foreign)}", "move it away and run it again")
-    # Written first: what is listed and not there does no harm, what is there and not listed would stay for ever.
+    # At any time what is there is what is listed: what is listed and not there does no harm, what is there and not as
+    # listed would be somebody's.
+    step("remove the older files")
+    for path in wanted:
+        path.unlink(missing_ok=True)
+    step("list the files")
     MANIFEST.parent.mkdir(parents=True, exist_ok=True)
-    MANIFEST.write_text(json.dumps(known | {str(path): _hash(text) for path, text in wanted.items()}, indent=2) + "\n")
+    write(MANIFEST, json.dumps(known | {str(path): _hash(text) for path, text in wanted.items()}, indent=2) + "\n")
     for path, text in wanted.items():
+        step("write a file")
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        write(path, text)
+    step("enable the units")
     _systemctl("daemon-reload")
     _systemctl("enable", *NAMES)
 
@@ -86,16 +108,20 @@ def uninstall() -> list[str]:
     known = _manifest()
     if not known:
         raise Failure("nothing was put in place by uffdguard install", "a package is removed by apt")
+    step("disable the units")
     _systemctl("disable", "--now", *NAMES)
     left = []
     for name, written in known.items():
+        step("remove a file")
         path = Path(name)
+        beside(path).unlink(missing_ok=True)
         if not path.exists():
             continue
         if _hash(path.read_text()) == written:
             path.unlink()
         else:
             left.append(name)
+    step("remove the list")
     shutil.rmtree(MANIFEST.parent)
     _systemctl("daemon-reload")
     return left

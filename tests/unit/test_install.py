@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
+import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+from inside import Killer, forked, watched
 
 from uffdguard import config, install
 from uffdguard.cli.install import completion
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, native
 from uffdguard.policy import Mode, Policy
+from uffdguard.steps import beside
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 COMMAND = Path("/opt/uffdguard/bin/uffdguard")
 
@@ -84,6 +94,63 @@ def test_a_file_that_was_changed_is_left_and_named(root: Path) -> None:
     config.DEFAULT.write_text('mode = "disabled"\n')
     assert install.uninstall() == [str(config.DEFAULT)]
     assert list(written(root)) == ["usr/lib/uffdguard.toml"]
+
+
+def killed_at(number: int, job: Callable[[], object]) -> bool:
+    """Do JOB in a process that is killed before its step of this NUMBER; tell whether it came to that."""
+
+    def doomed() -> None:
+        with watched(Killer(number)):
+            job()
+
+    status = os.waitstatus_to_exitcode(os.waitpid(forked(doomed), 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status != 0
+
+
+def fresh() -> None:
+    install.install(COMMAND, Mode.KVM, completion())
+
+
+def again() -> None:
+    install.install(COMMAND, Mode.ENABLED, completion())
+
+
+def test_the_steps_are_those_that_are_taken(root: Path) -> None:
+    """So that the test below, which kills at each, leaves none out."""
+    with watched(Killer()) as seen:
+        fresh()
+        install.uninstall()
+    assert tuple(dict.fromkeys(seen)) == install.STEPS
+
+
+@pytest.mark.parametrize("mended_by", [again, install.uninstall])
+@pytest.mark.parametrize(("before", "job"), [(None, fresh), (fresh, again), (fresh, install.uninstall)])
+def test_a_kill_at_any_step_is_mended_by_install_and_by_uninstall(
+    root: Path, before: Callable[[], None] | None, job: Callable[[], object], mended_by: Callable[[], object]
+) -> None:
+    for number in itertools.count():
+        if before:
+            before()
+        killed = killed_at(number, job)
+        with contextlib.suppress(Failure):  # there was nothing to uninstall
+            mended_by()
+        if mended_by is again:
+            assert config.load().policy == Policy(Mode.ENABLED)
+            assert len(written(root)) == 8
+            assert install.uninstall() == []
+        assert written(root) == {}
+        if not killed:
+            break
+    assert number >= len(install.NAMES) + 4
+
+
+def test_what_a_kill_has_left_of_a_file_is_taken_away(root: Path) -> None:
+    fresh()
+    for path in (install.UNITS / install.NAMES[0], config.DEFAULT):
+        beside(path).write_text("half of")
+    assert install.uninstall() == []
+    assert written(root) == {}
 
 
 def test_a_list_that_cannot_be_read_is_told(root: Path) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from inside import USER, actor, forked, uffdguard
+from inside import USER, actor, forked, hold_maps_only, uffdguard, until
 
 from uffdguard import cli, config, guard, knob, state
 from uffdguard.kernel import native
@@ -35,14 +35,6 @@ def sh(script: str, *, user: int = 0) -> tuple[int, str, str]:
         ["sh", "-c", script], user=user, group=user, extra_groups=[], capture_output=True, text=True, timeout=60
     )
     return done.returncode, done.stdout, done.stderr
-
-
-def until(condition: Callable[[], object]) -> None:
-    """Wait until CONDITION holds; fail when it does not within 20 s."""
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -386,14 +378,6 @@ class TestSecondReferences:
         os.waitpid(pid, 0)
         assert "the policy does not refuse any more" in log.read_text()
         assert FILE.read_text() == "0\n"
-
-
-def hold_maps_only(server: knob.Server) -> None:
-    """As if the references to the links had been lost."""
-    from uffdguard.kernel import libbpf
-
-    for part in state.PARTS:
-        server.held.setdefault(part, libbpf.get(state.PINS / ("counts" if part in state.LINKS else part)))
 
 
 def test_an_upgrade_while_it_is_served_has_no_gap(serving: int) -> None:
