@@ -115,13 +115,14 @@ def start(configured: Policy, mode: Mode | None = None) -> bool:
     """
     features.require()
     _await_server()
-    with locked(), pinned() as found, contextlib.ExitStack() as held, contextlib.ExitStack() as undo:
+    with locked(), contextlib.ExitStack() as held, contextlib.ExitStack() as undo:
+        _mount(undo)
+        found = held.enter_context(pinned())
         if problem := foreign_pins():
             raise Failure(problem, "remove it and run start again")
         current = found.policy() if found.has("decide") or LOADED.exists() else None
         wanted = Policy(mode or (current or configured).mode, configured.user_mode_only)
         native.check_mode(wanted.mode)
-        _mount(undo)
         if not server():
             native.uncover()  # what a server that has died left
         if not FOUND.exists():
@@ -171,7 +172,7 @@ def _end_server() -> None:
 
 
 def _mount(undo: contextlib.ExitStack) -> None:
-    """Make sure that our procfs and a bpffs are mounted."""
+    """Make sure that our procfs is mounted, and a bpffs that can be written: one that cannot opens no pin either."""
     try:
         if not native.PROC.is_mount():
             step("mount procfs")
@@ -183,6 +184,10 @@ def _mount(undo: contextlib.ExitStack) -> None:
             step("mount bpffs")
             native.mount("bpf", native.BPFFS)
             undo.callback(native.unmount, native.BPFFS)
+        elif native.is_read_only(native.BPFFS):
+            step("mount bpffs")
+            native.remount(native.BPFFS, read_only=False)
+            undo.callback(native.remount, native.BPFFS, read_only=True)
     except OSError as error:
         raise Failure(
             f"cannot mount {error.filename}: {error.strerror}", "run it on the host itself, with CAP_SYS_ADMIN"

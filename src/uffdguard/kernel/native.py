@@ -31,7 +31,7 @@ DEV_USERFAULTFD = Path("/dev/userfaultfd")
 LOADED_KVM = Path("/sys/module/kvm")
 MODULES = Path("/lib/modules")
 
-MS_NOSUID, MS_NODEV, MS_NOEXEC = 2, 4, 8
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 BPF_FS_MAGIC = 0xCAFE4A11  # include/uapi/linux/magic.h
 
 
@@ -48,6 +48,16 @@ def mount(kind: str, where: Path) -> None:
     # A bpffs lets everybody make directories unless told otherwise.
     options = b"mode=0700" if kind == "bpf" else None
     if _libc().mount(kind.encode(), bytes(where), kind.encode(), flags, options):
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(where))
+
+
+def remount(where: Path, *, read_only: bool) -> None:
+    """Change whether a pseudo file system can be written, mount(2).
+
+    :raises OSError: with the kernel's errno.
+    """
+    flags = MS_REMOUNT | (MS_RDONLY if read_only else 0) | MS_NOSUID | MS_NODEV | MS_NOEXEC
+    if _libc().mount(None, bytes(where), None, flags, None):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(where))
 
 
@@ -95,6 +105,11 @@ def is_bpffs(where: Path) -> bool:
     """Tell whether a bpffs is mounted there, statfs(2)."""
     buffer = ctypes.create_string_buffer(256)  # struct statfs: f_type is the first word
     return not _libc().statfs(bytes(where), buffer) and ctypes.c_long.from_buffer(buffer).value == BPF_FS_MAGIC
+
+
+def is_read_only(where: Path) -> bool:
+    """Tell whether what is mounted there cannot be written, statvfs(3)."""
+    return bool(os.statvfs(where).f_flag & os.ST_RDONLY)
 
 
 def read_knob() -> int:
