@@ -274,16 +274,21 @@ def _change(
 
 
 def _pin(part: str, fd: int, older: int | None, undo: contextlib.ExitStack) -> None:
-    """Pin FD as PART in one move, so that at every instant the OLDER or the newer is pinned."""
+    """Pin FD as PART, in the place of the OLDER."""
     PINS.mkdir(mode=0o700, exist_ok=True)
     undo.callback(_remove_if_empty, PINS)
-    fresh, place = PINS / f"new-{part}", PINS / part
-    fresh.unlink(missing_ok=True)
+    place = PINS / part
+    _pin_at(place, fd)
     if older is None:
         undo.callback(place.unlink, missing_ok=True)
     else:
-        undo.callback(fresh.rename, place)
-        undo.callback(libbpf.pin, older, fresh)
+        undo.callback(_pin_at, place, older)
+
+
+def _pin_at(place: Path, fd: int) -> None:
+    """Pin FD in one move, so that at every instant what was there before or FD is pinned."""
+    fresh = place.with_name(f"new-{place.name}")
+    fresh.unlink(missing_ok=True)
     libbpf.pin(fd, fresh)
     fresh.rename(place)
 
