@@ -26,11 +26,29 @@ from uffdguard.errors import Failure
 from uffdguard.kernel import libbpf, native
 from uffdguard.policy import Mode, Policy, Reason, interface_line
 from uffdguard.proof import Asker, Silence
+from uffdguard.steps import Steps, log
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-log = logging.getLogger("uffdguard")
+#: The steps of who mounts the file and of its server, besides those of a switch of the mode and of stop.
+STEPS = Steps(
+    (
+        "bind the socket",
+        "give the descriptor away",
+        "cover the native file",
+        "claim the file",
+        "switch to the mode that is set",
+        "await the mount",
+        "serve",
+        "watch",
+        "pin again",
+        "close the native knob",
+        "end",
+        "uncover the native file",
+    )
+)
+step = STEPS.take
 
 LIBRARY = "libfuse3.so.3"
 DEV_FUSE = Path("/dev/fuse")
@@ -79,6 +97,7 @@ def run() -> None:
         finally:
             os._exit(status)
     try:
+        step("cover the native file")
         native.uncover()
         native.cover(fuse)
         os.close(fuse)
@@ -91,6 +110,7 @@ def run() -> None:
         os.waitpid(pid, 0)
         raise
     finally:
+        step("uncover the native file")
         native.uncover()
     if status > 0:
         sys.exit(status)  # it has said why
@@ -114,6 +134,7 @@ def mount() -> None:
     if not fds:
         raise Failure("no server waits to be mounted", "run uffdguard knob serve")
     try:
+        step("cover the native file")
         native.uncover()
         native.cover(fds[0])
     finally:
@@ -138,6 +159,7 @@ def serve_under_manager() -> NoReturn:
     """
     _require()
     SOCKET.unlink(missing_ok=True)
+    step("bind the socket")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(SOCKET))
         server.listen()
@@ -149,6 +171,7 @@ def serve_under_manager() -> NoReturn:
         fuse = os.open(DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
         try:
             with server.accept()[0] as who_mounts:
+                step("give the descriptor away")
                 socket.send_fds(who_mounts, [b"."], [fuse])
         except TimeoutError:
             raise Failure("nobody has mounted the interface file", "run uffdguard knob mount") from None
@@ -173,6 +196,7 @@ def serve(fuse: int) -> NoReturn:
             # Under the lock, so that stop either sees this server or leaves nothing for it to hold.
             if not state.LOADED.exists():
                 raise state.not_in_force()
+            step("claim the file")
             lock = os.open(state.SERVER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -184,12 +208,15 @@ def serve(fuse: int) -> NoReturn:
             if missing := [part for part in state.PARTS if part not in server.held]:
                 raise Failure(f"the policy is damaged: not pinned: {', '.join(missing)}", "run uffdguard start")
             # A server before this one may have closed the native knob.
+            step("switch to the mode that is set")
             guard.switch(server.held, server.current().mode, asker)
+        step("await the mount")
         end = time.monotonic() + PATIENCE
         while not _is_mounted(fuse):
             server.pause(0.02)
             if time.monotonic() > end:
                 raise Failure("nobody has mounted the interface file", "run it anew")
+        step("serve")
         threading.Thread(target=server.watch, daemon=True).start()
         server.loop(fuse)
         server.end(0)
@@ -204,6 +231,8 @@ class Server:
     def __init__(self, asker: Asker) -> None:
         self.asker = asker
         self.words = native.modes()
+        #: Stays when our procfs is unmounted.
+        self.native_knob = os.open(native.PROC / native.KNOB, os.O_WRONLY | os.O_CLOEXEC)
         self.held: dict[str, int] = {}
         #: Has who uses or changes ``held``, besides guard's lock, which comes first, where something is changed.
         self.holding = threading.RLock()
@@ -225,6 +254,7 @@ class Server:
 
     def pin_again(self, part: str) -> None:
         """Pin what we hold where nothing is pinned; without a bpffs there it stays undone."""
+        step("pin again")
         with contextlib.suppress(OSError):
             state.PINS.mkdir(mode=0o700, exist_ok=True)
             libbpf.pin(self.held[part], state.PINS / part)
@@ -238,22 +268,25 @@ class Server:
     def end(self, status: int) -> NoReturn:
         """End the process, but not in the middle of a change."""
         with self.holding:
+            step("end")
             os._exit(status)
 
     def watch(self) -> None:
         """See the policy refuse, again and again; close the native knob and end when it does not."""
         while True:
             self.pause(INTERVAL)
-            # Whoever changes something sees the policy answer, too: nothing is missed by skipping a turn.
-            with contextlib.suppress(BlockingIOError), guard.locked(wait=False), self.holding:
-                try:
+            step("watch")
+            try:
+                # Whoever changes something sees the policy answer, too: nothing is missed by skipping a turn.
+                with contextlib.suppress(BlockingIOError), guard.locked(wait=False), self.holding:
                     self.hold()
                     self.ask()
-                except Exception as error:
-                    with contextlib.suppress(OSError):
-                        native.write_knob(0)
-                    log.critical("the policy does not refuse any more, and the native knob is closed: %s", error)
-                    self.end(1)
+            except Exception as error:  # also that the lock cannot be had: nobody would watch any more
+                step("close the native knob")
+                with contextlib.suppress(OSError):
+                    os.write(self.native_knob, b"0\n")
+                log.critical("the policy does not refuse any more, and the native knob is closed: %s", error)
+                self.end(1)
 
     def ask(self) -> None:
         """See the policy refuse, by a new trial child where the old one has died.
