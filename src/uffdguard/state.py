@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Literal
 
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, layout, libbpf, native
+from uffdguard.policy import Mode
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from uffdguard.policy import Mode, Policy, Reason
+    from uffdguard.policy import Policy, Reason
 
 PINS = native.BPFFS / "uffdguard"
 #: The native knob as it was found at the first start: written once, removed by stop.
@@ -179,7 +180,7 @@ class Status:
     user_mode_only: bool | None
     since: str | None  # local time, ISO 8601
     kernel: str
-    native_knob: int
+    native_knob: int | None  # None: it cannot be read
     drift: bool  # the native knob does not fit the mode
     pins: dict[str, bool]
     skipped: int  # times the kernel skipped grant or forget
@@ -201,15 +202,18 @@ def status() -> Status:
         with contextlib.suppress(OSError, KeyError):
             counts = libbpf.read(found.fds["counts"], layout.Counts)
             witness = libbpf.read(found.fds["witness"], layout.Witness)
-        knob = native.read_knob()
+        # Without our procfs, and with the file in /proc covered, there is no way to it.
+        knob = native.read_knob() if native.PROC.is_mount() or not native.is_covered() else None
         left = bool(found.pins) or bool(foreign_pins()) or FOUND.exists() or LOADED.exists()
         problems = list(found.problems) if left else []
-        drift = policy is not None and knob != policy.mode.native_value
+        drift = policy is not None and knob not in (policy.mode.native_value, None)
         if policy and drift:
             problems.append(
                 f"the native knob is {knob} and not {policy.mode.native_value}: "
                 + ("processes that the mode allows are refused" if knob == 0 else "the net below the policy is open")
             )
+        if policy and policy.mode is Mode.KVM and (problem := native.wrong_kvm()):
+            problems.append(f"{problem}: it grants nobody")
         if policy and not LOADED.exists():
             problems.append("the last start did not come to its end")
         if policy and (counts is None or witness is None):

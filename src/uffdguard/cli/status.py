@@ -43,7 +43,8 @@ def show(status: Status) -> None:
         rows.append(("mode", str(status.mode)))
         rows.append(("user-mode-only", "allow" if status.user_mode_only else "deny"))
     rows.append(("kernel", status.kernel))
-    rows.append(("native knob", f"{status.native_knob}{', which does not fit the mode' if status.drift else ''}"))
+    knob = "unknown" if status.native_knob is None else str(status.native_knob)
+    rows.append(("native knob", f"{knob}{', which does not fit the mode' if status.drift else ''}"))
     rows.append(("interface file", status.interface))
     if any(status.pins.values()):
         missing = [part for part, there in status.pins.items() if not there]
@@ -56,6 +57,6 @@ def show(status: Status) -> None:
     for problem in status.problems:
         click.echo(f"{click.style('problem', fg='red')}: {problem}")
     if status.problems:
-        click.echo("uffdguard start repairs this; uffdguard stop ends it")
+        click.echo("uffdguard start repairs what is its own; uffdguard stop ends it")
     elif not status.in_force:
         click.echo(state.not_in_force())

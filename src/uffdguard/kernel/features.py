@@ -188,10 +188,8 @@ def _device_userfaultfd() -> Row:
 def _device_kvm() -> Row:
     if not native.has_kvm():
         return Row("KVM", "warning", "this kernel has none", "mode kvm does not exist here; disabled and enabled do")
-    if not _is_device(native.DEV_KVM):
-        return Row(
-            "KVM", "warning", f"{native.DEV_KVM} is not there", "load kvm_intel or kvm_amd for mode kvm to matter"
-        )
+    if problem := native.wrong_kvm():
+        return Row("KVM", "warning", problem, "mode kvm grants nobody; load kvm_intel or kvm_amd, let devtmpfs make it")
     mode = native.DEV_KVM.stat().st_mode
     if mode & stat.S_IROTH or mode & stat.S_IWOTH:
         return Row(

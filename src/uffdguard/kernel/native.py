@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import stat
 from pathlib import Path
 
 from uffdguard.errors import Failure
@@ -26,6 +27,7 @@ COVER = "fuse.uffdguard"
 BPFFS = Path("/sys/fs/bpf")
 
 DEV_KVM = Path("/dev/kvm")
+KVM_NUMBER = os.makedev(10, 232)  # MISC_MAJOR, KVM_MINOR
 DEV_USERFAULTFD = Path("/dev/userfaultfd")
 #: The module that has the driver of /dev/kvm; there too when it is built in.
 LOADED_KVM = Path("/sys/module/kvm")
@@ -121,7 +123,7 @@ def read_knob() -> int:
         try:
             text = (PROC / KNOB).read_text()
         except OSError:
-            # Without our mount nothing of ours is in force, and nothing of ours can cover the file in /proc.
+            # Without our mount, where nothing of ours covers the file in /proc.
             text = FILE.read_text()
         return int(text)
     except (OSError, ValueError) as error:
@@ -195,6 +197,17 @@ def has_kvm() -> bool:
             if b"/kvm.ko" in (MODULES / os.uname().release / name).read_bytes():
                 return True
     return False
+
+
+def wrong_kvm() -> str | None:
+    """Tell what is wrong with /dev/kvm; the policy goes by the number of the device, wherever its node is."""
+    try:
+        found = DEV_KVM.stat()
+    except OSError as error:
+        return f"{DEV_KVM}: {error.strerror}"
+    if not stat.S_ISCHR(found.st_mode) or found.st_rdev != KVM_NUMBER:
+        return f"{DEV_KVM} is not the character device 10:232"
+    return None
 
 
 def modes() -> tuple[Mode, ...]:
