@@ -217,25 +217,29 @@ class TestMemoryLimit:
         guard.stop()
         self.GROUP.rmdir()
 
-    def start_there(self) -> int:
-        """Start in a process in the control group; return its status."""
+    def do_there(self, job: Callable[[], object]) -> bool:
+        """Do JOB in a process in the control group; tell whether it went well."""
 
-        def start_in_group() -> None:
+        def do_in_group() -> None:
             (self.GROUP / "cgroup.procs").write_text(str(os.getpid()))
-            start("kvm")
+            job()
 
-        return os.waitpid(forked(start_in_group), 0)[1]
+        return os.waitpid(forked(do_in_group), 0)[1] == 0
 
-    def test_of_too_little_for_the_maps_leaves_nothing_behind(self, variant: Callable[..., None]) -> None:
+    def test_of_too_little_for_the_maps_is_told_and_leaves_nothing_behind(self, variant: Callable[..., None]) -> None:
+        def start_fails() -> None:
+            with pytest.raises(Failure, match=r"Cannot allocate memory; .* the memory limit of the control group"):
+                start("kvm")
+
         variant("__uint(max_entries, 262144);", "__uint(max_entries, 67108864);")  # its buckets alone take 1 GiB
         (self.GROUP / "memory.max").write_text("64M")
-        assert self.start_there() != 0
+        assert self.do_there(start_fails)
         assert not state.PINS.exists()
         assert not native.RUN.exists()
         assert ways() == NATIVE[0]
 
     def test_of_too_little_for_a_grant_is_counted_and_the_opener_is_refused(self) -> None:
-        assert self.start_there() == 0
+        assert self.do_there(lambda: start("kvm"))
         with contextlib.ExitStack() as openers:
             assert openers.enter_context(opener()) == "allowed"
             # What the kernel has charged ahead it gives back for this limit; for the other it would look for a victim.

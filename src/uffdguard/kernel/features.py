@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import stat
 from dataclasses import dataclass
@@ -249,4 +250,6 @@ def load_hint(error: OSError) -> str:
         return "it needs CAP_BPF and CAP_PERFMON, and a kernel that lets root load LSM and tracing programs"
     if isinstance(error, FileNotFoundError):
         return "the compiled program is missing: reinstall uffdguard, or run make in its source"
+    if error.errno == errno.ENOMEM:
+        return "its maps take more than 4 MiB; see the memory limit of the control group that this runs in"
     return "--debug shows the kernel's own log"
