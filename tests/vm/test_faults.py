@@ -232,7 +232,7 @@ class TestMemoryLimit:
                 start("kvm")
 
         variant("__uint(max_entries, 262144);", "__uint(max_entries, 67108864);")  # its buckets alone take 1 GiB
-        (self.GROUP / "memory.max").write_text("64M")
+        (self.GROUP / "memory.max").write_text("32M")
         assert self.do_there(start_fails)
         assert not state.PINS.exists()
         assert not native.RUN.exists()
