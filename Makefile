@@ -8,7 +8,8 @@ KERNEL ?= 6.12
 # The suites for a kernel on which the policy can be in force.
 SUITES = tests/vm tests/clients
 
-DEBIAN_PACKAGES = busybox-static clang file groff-base kmod libbpf-dev libc6-dev libfuse3-3 procps python3-venv qemu-system-x86
+DEBIAN_PACKAGES = busybox-static clang criu crun file groff-base kmod libbpf-dev libc6-dev libfuse3-3 podman procps \
+	python3-venv qemu-system-x86 stress-ng xz-utils
 
 # What `make deb` and `make test-boot` need on top.
 DEB_PACKAGES = clang debhelper debootstrap dh-python dpkg-dev libbpf-dev libc6-dev lintian python3-click python3-pip
@@ -21,7 +22,8 @@ OBJECT = src/uffdguard/kernel/guard.bpf.o
 # With the system calls of x32, which Debian's kernels have but turn off, so that they are tried too.
 LAB = $(VENV)/uffdguard lab --cpus 2 --memory 2G --append syscall.x32=y --timeout 2400 --kernel
 
-.PHONY: all setup packages packages-deb demo test test-unit test-host test-vm test-matrix test-boot lint format wheel deb clean
+.PHONY: all setup packages packages-deb demo test test-unit test-host test-vm test-clients-long test-matrix test-boot \
+	lint format wheel deb clean
 
 all: setup $(OBJECT) build/actor build/driver build/driver32
 
@@ -55,6 +57,13 @@ build/driver build/driver32: tests/vm/driver.c | packages
 	clang $(if $(filter %32,$@),-m32) -O1 -g -Wall -Wextra -Werror -ffreestanding -fno-stack-protector -fno-pic -static \
 		-nostdlib -idirafter /usr/include/x86_64-linux-gnu -o $@ $<
 
+# What tests/clients runs and the Debian of this machine does not have.
+build/newer build/selftests: tests/clients/fetch.py | setup
+	@mkdir -p build
+	rm -rf $@ $@.partial
+	$(VENV)/python $< $(@F) $@.partial
+	mv $@.partial $@
+
 demo: all
 	@$(LAB) $(KERNEL) -- $(VENV)/python tests/clients/demo.py $$(test -t 1 && echo --colour)
 
@@ -71,12 +80,17 @@ test-host: all
 
 test-vm: test-vm-$(KERNEL)
 
-test-vm-%: all
+test-vm-%: all build/newer build/selftests
 	$(LAB) $* -- $(VENV)/pytest $(or $(TESTS),$(SUITES))
 
 # On every kernel line of the lab, those that are refused too: an hour or more. Without TESTS it writes docs/kernels.md.
-test-matrix: all
+test-matrix: all build/newer build/selftests
 	$(VENV)/python tests/matrix.py $(or $(TESTS),--write docs/kernels.md $(SUITES) tests/refused)
+
+
+# What of docs/programs.md takes too long for every run: 15 minutes or so.
+test-clients-long: all build/newer build/selftests
+	$(LAB) $(KERNEL) -- $(VENV)/pytest -m long tests/clients
 
 # A Debian of its own, booted with systemd, the package installed, upgraded and removed: 10 minutes or so.
 test-boot: packages-deb all

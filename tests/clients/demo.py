@@ -59,7 +59,7 @@ def cells(answers: dict[str, str]) -> tuple[str, str]:
 def qemu() -> str:
     """Return what a QEMU of the user who may open /dev/kvm gets."""
     try:
-        migration = postcopy.migrate(USER, [KVM_GROUP])
+        migration = postcopy.migrate(postcopy.Machine(USER, [KVM_GROUP]))
     except postcopy.Refused:
         return "refused"
     return f"completed, {migration.requests} faults"

@@ -1,22 +1,21 @@
-"""A real QEMU with KVM, and what it gets when it asks for a postcopy migration."""
+"""A real QEMU, and what it gets when it asks for a postcopy migration or for a background snapshot."""
 
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import tempfile
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qemu.qmp import ExecuteError
+from qemu.qmp import ExecuteError, QMPError
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 #: The guest: a boot sector that adds 1 to the first four bytes of each of 128 pages, round and round, so that
 #: memory is written during the migration and the destination must fault pages in.
@@ -35,7 +34,14 @@ COUNTERS = (0x10000, 0x8F000)
 
 #: Bytes a second, so slow that a migration without postcopy could not end: the guest writes more than that.
 BANDWIDTH = 256 * 1024
+#: Once that is no danger: so slow that the guest touches, or writes, pages before their turn comes.
+POSTCOPY_BANDWIDTH = 1024 * 1024
 SECONDS = 120
+
+#: Where disks, images and sockets are. Containers have it too.
+WORK = Path("/run/machines")
+
+QEMU = ("qemu-system-x86_64",)
 
 
 @dataclass(frozen=True)
@@ -47,39 +53,88 @@ class Migration:
     after: tuple[int, ...]  # and later at the destination
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A background snapshot that has completed, and the guest that went on meanwhile."""
+
+    before: tuple[int, ...]  # COUNTERS when it was asked for
+    taken: tuple[int, ...]  # in the snapshot, as another QEMU loaded it
+    after: tuple[int, ...]  # in the guest when the last page was written
+
+
 class Refused(Exception):
-    """QEMU refused to prepare for postcopy; the text is its own."""
+    """The program was refused a userfaultfd; the text is its own."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What QEMU is started by, and as whom."""
+
+    user: int = 0
+    groups: Sequence[int] = ()
+    command: Sequence[str] = QEMU
+    accelerator: str = "kvm"
 
 
 class Qemu:
-    """A QEMU of USER with GROUPS, on the kernel's KVM, and its monitor."""
+    """A QEMU that runs GUEST, and its monitor."""
 
-    def __init__(self, stack: ExitStack, disk: Path, user: int, groups: Sequence[int], *options: str) -> None:
-        ours, theirs = socket.socketpair()
-        argv = ["qemu-system-x86_64", "-accel", "kvm", "-machine", "pc", "-cpu", "host", "-m", "64M"]
+    def __init__(self, stack: ExitStack, folder: Path, machine: Machine, *options: str) -> None:
+        number = len(list(folder.iterdir()))
+        disk, monitor = folder / f"disk{number}", folder / f"monitor{number}"
+        disk.write_bytes(GUEST)
+        os.truncate(disk, 1 << 20)
+        self.monitor = QEMUMonitorProtocol(str(monitor), server=True)
+        monitor.chmod(0o666)
+        argv = [*machine.command, "-accel", machine.accelerator, "-machine", "pc", "-cpu", "max", "-m", "64M"]
         argv += ["-nodefaults", "-display", "none", "-drive", f"file={disk},format=raw,if=ide,snapshot=on"]
-        argv += ["-chardev", f"socket,id=monitor,fd={theirs.fileno()}", "-mon", "chardev=monitor,mode=control"]
+        argv += ["-chardev", f"socket,id=monitor,path={monitor}", "-mon", "chardev=monitor,mode=control"]
         self.stderr = stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
-        with theirs:
-            process = stack.enter_context(
-                subprocess.Popen(
-                    [*argv, *options],
-                    user=user,
-                    group=user,
-                    extra_groups=list(groups),
-                    pass_fds=[theirs.fileno()],
-                    stdin=subprocess.DEVNULL,
-                    stderr=self.stderr,
-                )
+        self.process = stack.enter_context(
+            subprocess.Popen(
+                [*argv, *options],
+                user=machine.user,
+                group=machine.user,
+                extra_groups=list(machine.groups),
+                stdin=subprocess.DEVNULL,
+                stdout=self.stderr,
+                stderr=self.stderr,
             )
-        stack.callback(process.kill)
-        self.monitor = QEMUMonitorProtocol(ours)
-        self.monitor.settimeout(SECONDS)
+        )
+        stack.callback(self.process.kill)
         try:
-            self.monitor.connect()
+            self.monitor.accept(SECONDS)
         except Exception as error:
             raise RuntimeError(f"QEMU did not start: {self.said()}") from error
-        stack.callback(self.monitor.close)
+        self.monitor.settimeout(SECONDS)
+        stack.callback(self.end)
+
+    def end(self) -> None:
+        """End QEMU by its monitor: in a container it is no child of ours."""
+        with suppress(RuntimeError, QMPError):  # it has ended
+            self.do("quit")
+        with suppress(EOFError):  # what it ended by
+            self.monitor.close()
+
+    def allow(self, capability: str) -> None:
+        """Ask for a capability of migrations, for which QEMU must have a userfaultfd.
+
+        :raises Refused: it may not have one.
+        """
+        try:
+            self.do("migrate-set-capabilities", capabilities=[{"capability": capability, "state": True}])
+        except ExecuteError as error:
+            self.end()
+            self.process.wait(SECONDS)  # what it says comes late out of a container
+            raise Refused(f"{error}: {self.said()}") from error
+
+    def until_booted(self) -> None:
+        """Wait until the guest writes."""
+        end = time.monotonic() + SECONDS
+        while 0 in self.counters():
+            if time.monotonic() > end:
+                raise RuntimeError(f"the guest does not boot; {self.said()}")
+            time.sleep(0.1)
 
     def said(self) -> str:
         """Return what QEMU has written to standard error."""
@@ -88,7 +143,10 @@ class Qemu:
 
     def do(self, command: str, **arguments: object) -> Any:
         """Execute a QMP command; its names have hyphens where Python's have underscores."""
-        return self.monitor.cmd(command, **{name.replace("_", "-"): value for name, value in arguments.items()})
+        try:
+            return self.monitor.cmd(command, **{name.replace("_", "-"): value for name, value in arguments.items()})
+        except EOFError as error:
+            raise RuntimeError(f"QEMU has ended at {command}: {self.said()}") from error
 
     def counters(self) -> tuple[int, ...]:
         """Return the counters in the guest's memory."""
@@ -105,29 +163,29 @@ class Qemu:
         return answer
 
 
-def migrate(user: int, groups: Sequence[int] = ()) -> Migration:
-    """Migrate a running guest from one QEMU of USER to another by postcopy.
+@contextmanager
+def workshop() -> Iterator[tuple[ExitStack, Path]]:
+    """Give a directory that every user may write, and what ends whatever was started."""
+    WORK.mkdir(exist_ok=True)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=WORK)))
+        folder.chmod(0o777)
+        yield stack, folder
+
+
+def migrate(machine: Machine) -> Migration:
+    """Migrate a running guest from one QEMU to another by postcopy.
 
     :raises Refused: the destination may not have a userfaultfd.
     """
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir="/run")))
-        disk = folder / "disk"
-        disk.write_bytes(GUEST)
-        os.truncate(disk, 1 << 20)
-        os.chown(folder, user, user)
-        destination = Qemu(stack, disk, user, groups, "-incoming", "defer")
-        postcopy = [{"capability": "postcopy-ram", "state": True}]
-        try:
-            destination.do("migrate-set-capabilities", capabilities=postcopy)
-        except ExecuteError as error:
-            raise Refused(f"{error}: {destination.said()}") from error
+    with workshop() as (stack, folder):
+        destination = Qemu(stack, folder, machine, "-incoming", "defer")
+        destination.allow("postcopy-ram")
         destination.do("migrate-incoming", uri=f"unix:{folder}/migration")
-        source = Qemu(stack, disk, user, groups)
-        source.do("migrate-set-capabilities", capabilities=postcopy)
-        source.do("migrate-set-parameters", max_bandwidth=BANDWIDTH, max_postcopy_bandwidth=BANDWIDTH)
-        while 0 in source.counters():  # until the guest has booted
-            time.sleep(0.1)
+        source = Qemu(stack, folder, machine)
+        source.allow("postcopy-ram")
+        source.do("migrate-set-parameters", max_bandwidth=BANDWIDTH, max_postcopy_bandwidth=POSTCOPY_BANDWIDTH)
+        source.until_booted()
         source.do("migrate", uri=f"unix:{folder}/migration")
         source.until("query-migrate", "active")
         source.do("migrate-start-postcopy")
@@ -140,3 +198,23 @@ def migrate(user: int, groups: Sequence[int] = ()) -> Migration:
         while not all(map(int.__lt__, before, after)) and time.monotonic() < end:
             after = destination.counters()
         return Migration(migrated["ram"]["postcopy-requests"], before, after)
+
+
+def snapshot(machine: Machine) -> Snapshot:
+    """Take a snapshot of a guest that goes on writing, and load it into another QEMU.
+
+    :raises Refused: QEMU may not have a userfaultfd.
+    """
+    with workshop() as (stack, folder):
+        image = folder / "image"
+        qemu = Qemu(stack, folder, machine)
+        qemu.allow("background-snapshot")
+        qemu.do("migrate-set-parameters", max_bandwidth=POSTCOPY_BANDWIDTH)
+        qemu.until_booted()
+        before = qemu.counters()
+        qemu.do("migrate", uri=f"exec:cat >{image}")
+        qemu.until("query-migrate", "completed")
+        after = qemu.counters()
+        loaded = Qemu(stack, folder, machine, "-S", "-incoming", f"exec:cat {image}")
+        loaded.until("query-status", "paused")
+        return Snapshot(before, loaded.counters(), after)
