@@ -68,6 +68,20 @@ def migrates(machine: Machine) -> None:
     assert all(map(int.__lt__, migration.before, migration.after))
 
 
+def migrates_by_the_device(machine: Machine) -> None:
+    """Closed by hand, the native knob refuses the system call to an ordinary user; it does not govern the device."""
+    native.write_knob(0)
+    migrates(machine)
+
+
+def migrates_past_seccomp(machine: Machine) -> None:
+    try:
+        migrates(machine)
+    except Refused:
+        assert (status().allowed, status().refused) == (0, 0), "the policy was asked"
+        raise
+
+
 def takes_a_snapshot(machine: Machine) -> None:
     """The guest's round goes from the first counter to the last: only at one instant do they differ by one at most."""
     snapshot = postcopy.snapshot(machine)
@@ -132,10 +146,10 @@ def unit_tests(user: User, *options: str) -> list[str]:
 RUN: dict[Program, Callable[[User], None]] = {
     Program.POSTCOPY: lambda user: migrates(as_user(user)),
     Program.SNAPSHOT: lambda user: takes_a_snapshot(as_user(user)),
-    Program.DEVICE: lambda user: migrates(as_user(user, QEMU_10)),
+    Program.DEVICE: lambda user: migrates_by_the_device(as_user(user, QEMU_10)),
     Program.CONTAINER: lambda user: migrates(in_container(user, *NO_SECCOMP, *DEV_KVM)),
     Program.NO_KVM: lambda user: migrates(in_container(user, *NO_SECCOMP, accelerator="tcg")),
-    Program.SECCOMP: lambda user: migrates(in_container(user, *DEV_KVM)),
+    Program.SECCOMP: lambda user: migrates_past_seccomp(in_container(user, *DEV_KVM)),
     Program.DEVICE_CONTAINER: lambda user: migrates(in_container(user, *DEV_KVM, *DEV_USERFAULTFD, command=QEMU_10)),
     Program.CRIU: restores,
     Program.STRESS_NG: stresses,
@@ -170,7 +184,7 @@ def kvm_has_a_group() -> None:
     native.DEV_KVM.chmod(0o660)
 
 
-@pytest.mark.parametrize(("row", "mode"), cases(*RUN))
+@pytest.mark.parametrize(("row", "mode"), [*cases(*RUN)])
 def test_a_program_gets_what_the_table_says(row: Row, mode: Mode, in_force: Callable[..., None]) -> None:
     in_force(mode)
     if row.outcome(mode) is Outcome.WORKS:
@@ -191,7 +205,7 @@ def huge_pages() -> Iterator[None]:
 
 @pytest.mark.timeout(600)
 @pytest.mark.usefixtures("huge_pages")
-@pytest.mark.parametrize(("row", "mode"), cases(Program.UNIT_TESTS))
+@pytest.mark.parametrize(("row", "mode"), [*cases(Program.UNIT_TESTS)])
 def test_the_kernels_unit_tests_end_as_without_a_policy(row: Row, mode: Mode, in_force: Callable[..., None]) -> None:
     if row.outcome(mode) is Outcome.REFUSED:
         in_force(mode)
@@ -215,18 +229,10 @@ def test_the_kernels_unit_tests_of_forks_end_for_root_as_without_a_policy(
     assert unit_tests(User.ROOT, "-f", "wp-fork-with-event") == without
 
 
-def test_a_newer_qemu_asks_by_the_device_where_it_may_open_it(in_force: Callable[..., None]) -> None:
+def test_a_newer_qemu_makes_the_system_call_where_it_may_not_open_the_device(in_force: Callable[..., None]) -> None:
     in_force("kvm")
-    # Closed by hand, the native knob refuses the system call; it does not govern the device.
-    native.write_knob(0)
-    migrates(as_user(User.USER, QEMU_10))
     native.DEV_USERFAULTFD.chmod(0o600)
+    migrates(as_user(User.USER, QEMU_10))
+    native.write_knob(0)
     with pytest.raises(Refused, match="Operation not permitted"):
         migrates(as_user(User.USER, QEMU_10))
-
-
-def test_podmans_own_seccomp_profile_refuses_before_the_policy_is_asked(in_force: Callable[..., None]) -> None:
-    in_force("kvm")
-    with pytest.raises(Refused):
-        migrates(in_container(User.USER, *DEV_KVM))
-    assert status().refused == 0
