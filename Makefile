@@ -8,7 +8,7 @@ KERNEL ?= 6.12
 # The suites for a kernel on which the policy can be in force.
 SUITES = tests/vm tests/clients
 
-DEBIAN_PACKAGES = busybox-static clang criu crun file groff-base kmod libbpf-dev libc6-dev libfuse3-3 podman procps \
+DEBIAN_PACKAGES = busybox-static clang crun file groff-base kmod libbpf-dev libc6-dev libfuse3-3 podman procps \
 	python3-venv qemu-system-x86 stress-ng xz-utils
 
 # What `make deb` and `make test-boot` need on top.
@@ -86,7 +86,6 @@ test-vm-%: all build/newer build/selftests
 # On every kernel line of the lab, those that are refused too: an hour or more. Without TESTS it writes docs/kernels.md.
 test-matrix: all build/newer build/selftests
 	$(VENV)/python tests/matrix.py $(or $(TESTS),--write docs/kernels.md $(SUITES) tests/refused)
-
 
 # What of docs/programs.md takes too long for every run: 15 minutes or so.
 test-clients-long: all build/newer build/selftests

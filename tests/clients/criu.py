@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from postcopy import workshop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 #: Writes its number into each of its pages, and then for ever says whether they are all there.
 PROGRAM = """\
@@ -40,13 +40,13 @@ class Restored:
     said: list[str]  # of its memory, since
 
 
-def restore(user: int) -> Restored:
-    """Dump a process of USER and restore it, both as root."""
+def restore(command: Sequence[str], user: int) -> Restored:
+    """Dump a process of USER and restore it, both as root by the CRIU that COMMAND is."""
     with workshop() as (stack, folder):
         said = folder / "said"
 
         def criu(verb: str, *words: str) -> subprocess.Popen[bytes]:
-            argv = ["criu", verb, "-D", str(folder), "-v4", "-o", f"{verb}.log", *words]
+            argv = [*command, verb, "-D", str(folder), "-v4", "-o", f"{verb}.log", *words]
             process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
             stack.callback(process.wait)
             stack.callback(process.kill)

@@ -14,8 +14,8 @@ from pathlib import Path
 from uffdguard.lab.kernels import Apt
 from uffdguard.lab.processes import output
 
-#: A newer Debian, whose QEMU opens /dev/userfaultfd where it may.
-NEWER = (("trixie",), "qemu-system-x86")
+#: A newer Debian: its QEMU opens /dev/userfaultfd where it may, and its CRIU knows the vDSO of the newest kernels.
+NEWER = (("trixie",), ("qemu-system-x86", "criu"))
 
 #: The kernel's own tests. They find out what the running kernel can do and skip the rest.
 SOURCE = (("bookworm-security",), "linux-source-6.12")
@@ -37,8 +37,8 @@ TESTS = ("uffd-unit-tests", "uffd-stress")
 
 
 def newer(directory: Path) -> None:
-    """Unpack the newer QEMU with all that it depends on."""
-    suites, package = NEWER
+    """Unpack the newer programs with all that they depend on."""
+    suites, packages = NEWER
     apt = Apt(suites)
     # As if nothing were installed: the machine's libraries are older ones. apt locks the directory of that file.
     status = apt.directory / "dpkg/status"
@@ -49,7 +49,7 @@ def newer(directory: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         apt.update()
         output([*alone, "autoclean"])  # what was fetched when the archive had older versions
-        output([*alone, "-qy", "--download-only", "install", package])
+        output([*alone, "-qy", "--download-only", "install", *packages])
         for deb in (apt.directory / "cache/archives").glob("*.deb"):
             output(["dpkg-deb", "-x", deb, directory])
 

@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 BUILD = Path(__file__).parents[2] / "build"
 NEWER = BUILD / "newer"
 LIBRARIES = NEWER / "usr/lib/x86_64-linux-gnu"
-#: With the libraries that it was built with: the machine's are older.
+#: Runs a newer program with the libraries that it was built with: the machine's are older.
+LOADER = (str(LIBRARIES / "ld-linux-x86-64.so.2"), "--library-path", str(LIBRARIES))
 QEMU_10 = (
-    *(str(LIBRARIES / "ld-linux-x86-64.so.2"), "--library-path", str(LIBRARIES)),
-    str(NEWER / "usr/bin/qemu-system-x86_64"),
+    *(*LOADER, str(NEWER / "usr/bin/qemu-system-x86_64")),
     *("-L", str(NEWER / "usr/share/seabios"), "-L", str(NEWER / "usr/share/qemu")),
 )
 
@@ -94,7 +94,7 @@ def takes_a_snapshot(machine: Machine) -> None:
 def restores(user: User) -> None:
     """The process is an ordinary user's; CRIU is root's, and asks before it gives the process away."""
     assert user is User.ROOT
-    restored = criu.restore(UID)
+    restored = criu.restore([*LOADER, str(NEWER / "usr/sbin/criu")], UID)
     assert restored.faults > 0
     assert set(restored.said) == {"right"}
 
