@@ -66,17 +66,21 @@ def read(path: Path) -> File:
     """
     hint = "correct it and run the command again; nothing was changed"
     try:
-        text = path.read_text()
+        # Not by read_text(), which takes the locale's encoding, and a carriage return for the end of a comment.
+        text = path.read_bytes().decode()
         return msgspec.convert(tomllib.loads(text), File)
     except tomllib.TOMLDecodeError as error:
         raise Failure(f"{path}: not TOML: {error}", hint) from error
     except msgspec.ValidationError as error:
         key, what = _key_and_reason(str(error))
         where = re.search(rf"""^[ \t\[]*['"]?{re.escape(key)}\b""", text, re.MULTILINE)
-        line = text.count("\n", 0, where.start()) + 1 if where else 1
-        raise Failure(f"{path}, line {line}: {key}: {what}", hint) from error
+        # A key that is written with escapes is not found.
+        line = f", line {text.count(chr(10), 0, where.start()) + 1}" if where else ""
+        raise Failure(f"{path}{line}: {key}: {what}", hint) from error
     except UnicodeDecodeError as error:
         raise Failure(f"{path}: not TOML: not UTF-8", hint) from error
+    except (ValueError, RecursionError) as error:
+        raise Failure(f"{path}: a number too long or a nesting too deep", hint) from error
     except OSError as error:
         raise Failure(f"cannot read {path}: {error.strerror}", hint) from error
 
@@ -88,7 +92,7 @@ def _key_and_reason(message: str) -> tuple[str, str]:
         "user-mode-only": ["deny", "allow"],
         "numeric": ["refuse", "accept"],
     }
-    if unknown := re.search(r"unknown field `(.*?)`", message):
+    if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", message, re.DOTALL):
         return unknown[1], f"no such key; there are {', '.join(words)}"
     key = message.rsplit("$.", 1)[-1].rstrip("`")
     return key, f"must be one of {', '.join(words.get(key, []))}, in quotes"

@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to see."""
+"""The one exception that a user is meant to see, on one line."""
 
 
 class Failure(Exception):
@@ -8,6 +8,10 @@ class Failure(Exception):
     """
 
     def __init__(self, what: str, hint: str = "") -> None:
-        super().__init__(f"{what}; {hint}" if hint else what)
-        self.what = what
-        self.hint = hint
+        self.what, self.hint = one_line(what), one_line(hint)
+        super().__init__(f"{self.what}; {self.hint}" if hint else self.what)
+
+
+def one_line(text: str) -> str:
+    """Return TEXT with escapes for what does not print: it may quote a key, a word or a name that others chose."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -47,6 +47,8 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str], verb: str) -> N
         (["mode", "kmv"], "there is no mode 'kmv'; the modes are disabled, enabled"),
         (["start", "--mode", ""], "there is no mode ''; the modes are disabled, enabled"),
         (["mode", "KVM"], "there is no mode 'KVM'"),
+        (["mode", "k\nvm\x1b"], "there is no mode 'k\\nvm\\x1b'"),
+        (["status", "--\n\x1b"], r"--\n\x1b"),
         (["mode", "[kvm]"], "there is no mode '[kvm]'"),
     ],
 )
@@ -68,6 +70,8 @@ def test_a_failure_is_one_line_and_debug_shows_the_traceback(
     assert run(capsys, "status") == (1, "", "uffdguard: it is so; do that\n")
     with pytest.raises(Failure, match="it is so"):
         cli.main(["--debug", "status"])
+    monkeypatch.setattr("uffdguard.lab.kernels.get", fail)
+    assert run(capsys, "lab", "--", "true", "--debug") == (1, "", "uffdguard: it is so; do that\n")
 
 
 def test_a_reader_that_has_gone_is_no_error() -> None:

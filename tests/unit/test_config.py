@@ -47,6 +47,7 @@ def test_the_later_file_wins_key_by_key(root: Path) -> None:
         ('# mode\n"mode" = []', 2, "mode: must be one of disabled, enabled, kvm"),
         ('mode = "kvm"\nuser-mode-only = true', 2, "user-mode-only: must be one of deny, allow"),
         ('user_mode_only = "allow"', 1, "user_mode_only: no such key; there are mode, user-mode-only, numeric"),
+        ('mode = "unknown field `x`"', 1, "mode: must be one of disabled, enabled, kvm"),
         ('mode = "kvm"\n\n[policy]\nmode = "kvm"', 3, "policy: no such key"),
     ],
 )
@@ -58,12 +59,30 @@ def test_a_mistake_is_told_with_file_line_and_key(root: Path, text: str, line: i
     assert "\n" not in str(failure.value)
 
 
-@pytest.mark.parametrize("content", [b"mode = kvm", b'mode = "kvm', b"\xff\xfe", b'mode = "kvm"\nmode = "kvm"'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"mode = kvm",
+        b'mode = "kvm',
+        b"\xff\xfe",
+        b'mode = "kvm"\nmode = "kvm"',
+        b'# a comment \rmode = "enabled"',
+        b"a = " + b"9" * 5000,
+        b"a = " + b"[" * 2000,
+    ],
+    ids=range(7),
+)
 def test_what_is_not_toml_is_told_with_the_file(root: Path, content: bytes) -> None:
     (root / "administrator.toml").write_bytes(content)
     with pytest.raises(Failure, match=r"administrator\.toml: ") as failure:
         config.load()
     assert "nothing was changed" in str(failure.value)
+
+
+def test_a_key_with_a_newline_is_told_on_one_line(root: Path) -> None:
+    (root / "administrator.toml").write_bytes(rb'"a\n\u001b[2J" = 1')
+    with pytest.raises(Failure, match=r"administrator\.toml: a\\n\\x1b\[2J: no such key"):
+        config.load()
 
 
 def test_a_file_that_cannot_be_read_is_an_error_and_not_the_default(root: Path) -> None:

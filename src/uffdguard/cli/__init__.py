@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import signal
 import sys
@@ -11,7 +12,7 @@ from typing import Any
 import click
 
 from uffdguard import __version__
-from uffdguard.errors import Failure
+from uffdguard.errors import Failure, one_line
 
 #: The verbs, in the order in which a user meets them. Each is ``uffdguard.cli.VERB:command``.
 VERBS = ("start", "stop", "mode", "status", "probe", "doctor", "knob", "install", "uninstall", "lab")
@@ -55,6 +56,8 @@ def cli(debug: bool) -> None:
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and exit: 0 done or allowed, 1 refused or failed, 2 wrong usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # Ours come before the verb; a verb may have a word of its own that looks so.
+    debug = "--debug" in itertools.takewhile(lambda word: word.startswith("-"), arguments)
     try:
         sys.exit(cli.main(arguments, prog_name="uffdguard", standalone_mode=False))
     except click.UsageError as error:
@@ -63,7 +66,7 @@ def main(arguments: list[str] | None = None) -> Any:
     except click.ClickException as error:
         fail(f"uffdguard: {error.format_message()}", 1)
     except Failure as error:
-        if "--debug" in arguments:
+        if debug:
             raise
         fail(f"uffdguard: {error}", 1)
     except (KeyboardInterrupt, click.Abort):
@@ -74,7 +77,7 @@ def main(arguments: list[str] | None = None) -> Any:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         sys.exit(1)
     except OSError as error:
-        if "--debug" in arguments:
+        if debug:
             raise
         what = f"{error.filename}: " if error.filename else ""
         fail(f"uffdguard: {what}{error.strerror or error}; --debug shows where", 1)
@@ -82,5 +85,5 @@ def main(arguments: list[str] | None = None) -> Any:
 
 def fail(line: str, status: int) -> None:
     """Print one line on stderr and exit."""
-    click.echo(line, err=True)
+    click.echo(one_line(line), err=True)
     sys.exit(status)
