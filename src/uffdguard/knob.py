@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from uffdguard import guard, state
-from uffdguard.errors import Failure
+from uffdguard.errors import Failure, one_line
 from uffdguard.kernel import libbpf, native
 from uffdguard.policy import Mode, Policy, Reason, interface_line
 from uffdguard.proof import Asker, Silence
@@ -339,7 +339,7 @@ class Server:
     def write(self, path: str, data: bytes, offset: int, info: Any) -> int:
         """Switch the mode before write(2) returns; EINVAL for what is none of the words."""
         _, _, pid = self.caller()
-        who = f"pid {pid} ({_status(pid, 'Name')})"
+        who = one_line(f"pid {pid} ({_status(pid, 'Name')})")
         # A sandbox without CAP_SYS_ADMIN has its /proc/sys read-only, but what is mounted later comes in as it is.
         if not int(_status(pid, "CapEff") or "0", 16) >> CAP_SYS_ADMIN & 1:
             log.warning("refused to write: %s has no CAP_SYS_ADMIN", who)
@@ -404,7 +404,8 @@ def _is_mounted(fuse: int) -> bool:
 def _status(pid: int, field: str) -> str:
     """Return a field of /proc/PID/status, proc(5), or "" when the process has gone."""
     try:
-        lines = (native.PROC / str(pid) / "status").read_text().splitlines()
+        status = (native.PROC / str(pid) / "status").read_bytes().decode(errors="backslashreplace")
     except OSError:
         return ""
-    return next(line.split(":")[1].strip() for line in lines if line.startswith(f"{field}:"))
+    # Not by splitlines(): of a name the kernel escapes the newline only, and not what else ends a line for Python.
+    return next(line for line in status.split("\n") if line.startswith(f"{field}:\t")).split("\t", 1)[1]

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import re
+from pathlib import Path
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from uffdguard import knob
+from uffdguard.kernel import native
 from uffdguard.knob import LONGEST, parse
 from uffdguard.policy import Mode
 
@@ -61,3 +67,19 @@ def test_the_numbers_of_mainline_are_words_only_where_the_configuration_says_so(
 def test_kvm_is_no_word_on_a_kernel_without_it() -> None:
     with pytest.raises(ValueError, match="kvm"):
         parse(b"kvm", (Mode.DISABLED, Mode.ENABLED))
+
+
+@pytest.mark.parametrize("name", [b"\x1cCapEff:\t20000", b"\x0bCapEff:200000", b"\xc2\x85CapEff:20000", b"\xffx"])
+def test_a_process_has_no_capability_by_its_name(monkeypatch: pytest.MonkeyPatch, name: bytes) -> None:
+    """The name is of the process's own choice, and all but its newlines stand as they are in /proc/PID/status."""
+    monkeypatch.setattr(native, "PROC", Path("/proc"))
+    comm = Path(f"/proc/{os.getpid()}/comm")
+    before = comm.read_bytes()
+    comm.write_bytes(name)
+    try:
+        status = comm.with_name("status").read_bytes()
+        assert name in status
+        (true,) = re.findall(rb"^CapEff:\t(.*)$", status, re.MULTILINE)
+        assert knob._status(os.getpid(), "CapEff") == true.decode()
+    finally:
+        comm.write_bytes(before)

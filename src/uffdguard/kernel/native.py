@@ -25,6 +25,7 @@ KNOB = "sys/vm/unprivileged_userfaultfd"
 FILE = Path("/proc", KNOB)
 COVER = "fuse.uffdguard"
 BPFFS = Path("/sys/fs/bpf")
+MOUNTS = Path("/proc/self/mountinfo")
 
 DEV_KVM = Path("/dev/kvm")
 KVM_NUMBER = os.makedev(10, 232)  # MISC_MAJOR, KVM_MINOR
@@ -87,11 +88,9 @@ def cover(fuse: int) -> None:
 
 def is_covered() -> bool:
     """Tell whether a file of ours covers the native one; does not ask its server, who may be dead or stopped."""
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
-        place, kind = line.split()[4], line.split(" - ")[1].split()[0]
-        if (place, kind) == (str(FILE), COVER):
-            return True
-    return False
+    # In the names that others gave, the kernel escapes only newline, blank, tab and backslash.
+    rows = (line.split(b" ") for line in MOUNTS.read_bytes().split(b"\n")[:-1])
+    return any((row[4], row[row.index(b"-", 6) + 1]) == (bytes(FILE), COVER.encode()) for row in rows)
 
 
 def uncover() -> None:
