@@ -355,7 +355,7 @@ def stop() -> bool:
         step("restore the native knob")
         if FOUND.exists():
             # Only a 1 that was found opens it; what cannot be read does not.
-            native.write_knob(int(FOUND.read_text().strip() == "1"))
+            native.write_knob(int(FOUND.read_bytes().strip() == b"1"))
             FOUND.unlink()
         # The server's files, and what a kill has left.
         for path in native.RUN.iterdir():
@@ -379,7 +379,7 @@ def _object_hash() -> str:
 
 
 def _same_object() -> bool:
-    return LOADED.exists() and LOADED.read_text() == _object_hash()
+    return LOADED.exists() and LOADED.read_bytes() == _object_hash().encode()
 
 
 def _remove_if_empty(directory: Path) -> None:

@@ -12,6 +12,8 @@ import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from uffdguard import config
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, native
@@ -78,7 +80,7 @@ def install(command: Path, mode: Mode, completion: str) -> None:
     native.check_mode(mode)
     known = _manifest()
     wanted = dict(files(command, mode, completion))
-    foreign = [str(path) for path in wanted if path.exists() and _hash(path.read_text()) != known.get(str(path))]
+    foreign = [str(path) for path in wanted if path.exists() and _hash(path.read_bytes()) != known.get(str(path))]
     if foreign:
         raise Failure(f"not put there by us, or changed since: {', '.join(foreign)}", "move it away and run it again")
     # At any time what is there is what is listed: what is listed and not there does no harm, what is there and not as
@@ -88,7 +90,8 @@ def install(command: Path, mode: Mode, completion: str) -> None:
         path.unlink(missing_ok=True)
     step("list the files")
     MANIFEST.parent.mkdir(parents=True, exist_ok=True)
-    write(MANIFEST, json.dumps(known | {str(path): _hash(text) for path, text in wanted.items()}, indent=2) + "\n")
+    listed = known | {str(path): _hash(text.encode()) for path, text in wanted.items()}
+    write(MANIFEST, json.dumps(listed, indent=2) + "\n")
     for path, text in wanted.items():
         step("write a file")
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -117,7 +120,7 @@ def uninstall() -> list[str]:
         beside(path).unlink(missing_ok=True)
         if not path.exists():
             continue
-        if _hash(path.read_text()) == written:
+        if _hash(path.read_bytes()) == written:
             path.unlink()
         else:
             left.append(name)
@@ -129,18 +132,17 @@ def uninstall() -> list[str]:
 
 def _manifest() -> dict[str, str]:
     try:
-        known: dict[str, str] = json.loads(MANIFEST.read_text())
+        return msgspec.json.decode(MANIFEST.read_bytes(), type=dict[str, str])
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except msgspec.DecodeError as error:
         raise Failure(
             f"{MANIFEST} cannot be read: {error}", "remove it, and by hand what install put in place"
         ) from error
-    return known
 
 
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _systemctl(*words: str) -> None:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import stat
 import time
 from dataclasses import dataclass, field
@@ -77,7 +78,10 @@ def read_policy(fd: int) -> Policy | None:
 
 
 def server() -> int | None:
-    """Return the pid of the running server of the interface file, or None when none runs."""
+    """Return the pid of the running server of the interface file, or None when none runs.
+
+    :raises Failure: one runs and its record is damaged.
+    """
     try:
         fd = os.open(SERVER, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -85,7 +89,13 @@ def server() -> int | None:
     try:
         fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        return int(os.read(fd, 20) or 0) or None
+        record = os.read(fd, 20)
+        # Empty: it has just begun.
+        if record and not re.fullmatch(rb"[1-9][0-9]{0,6}\n", record):
+            raise Failure(
+                f"{SERVER} does not name the server of the interface file", "end uffdguard knob and run it again"
+            ) from None
+        return int(record or 0) or None
     finally:
         os.close(fd)
     return None

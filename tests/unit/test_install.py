@@ -41,7 +41,11 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def written(root: Path) -> dict[str, str]:
-    return {str(path.relative_to(root)): path.read_text() for path in root.rglob("*") if path.is_file()}
+    return {
+        str(path.relative_to(root)): path.read_text(errors="backslashreplace")
+        for path in root.rglob("*")
+        if path.is_file()
+    }
 
 
 def test_everything_is_put_in_place_and_taken_away(root: Path) -> None:
@@ -83,10 +87,10 @@ def test_it_can_be_repeated_with_another_mode(root: Path) -> None:
 
 def test_a_file_of_somebody_else_is_not_written_over(root: Path) -> None:
     (root / "usr/lib").mkdir(parents=True)
-    (root / "usr/lib/uffdguard.toml").write_text('mode = "enabled"\n')
+    (root / "usr/lib/uffdguard.toml").write_bytes(b'mode = "enabled" # \xe4\n')
     with pytest.raises(Failure, match=r"not put there by us, or changed since: .*uffdguard\.toml; move it away"):
         install.install(COMMAND, Mode.KVM, completion())
-    assert written(root) == {"usr/lib/uffdguard.toml": 'mode = "enabled"\n'}
+    assert written(root) == {"usr/lib/uffdguard.toml": 'mode = "enabled" # \\xe4\n'}
 
 
 def test_a_file_that_was_changed_is_left_and_named(root: Path) -> None:
@@ -154,8 +158,12 @@ def test_what_a_kill_has_left_of_a_file_is_taken_away(root: Path) -> None:
 
 
 def test_a_list_that_cannot_be_read_is_told(root: Path) -> None:
+
+
+@pytest.mark.parametrize("content", [b'{"/etc', b'{"/etc": 1}', b"[]", b"[" * 2000, b"\xff"])
+def test_a_list_that_cannot_be_read_is_told(root: Path, content: bytes) -> None:
     install.MANIFEST.parent.mkdir(parents=True)
-    install.MANIFEST.write_text('{"/etc')
+    install.MANIFEST.write_bytes(content)
     for job in (install.uninstall, lambda: install.install(COMMAND, Mode.KVM, "")):
         with pytest.raises(Failure, match=r"installed\.json cannot be read"):
             job()
