@@ -157,9 +157,6 @@ def test_what_a_kill_has_left_of_a_file_is_taken_away(root: Path) -> None:
     assert written(root) == {}
 
 
-def test_a_list_that_cannot_be_read_is_told(root: Path) -> None:
-
-
 @pytest.mark.parametrize("content", [b'{"/etc', b'{"/etc": 1}', b"[]", b"[" * 2000, b"\xff"])
 def test_a_list_that_cannot_be_read_is_told(root: Path, content: bytes) -> None:
     install.MANIFEST.parent.mkdir(parents=True)

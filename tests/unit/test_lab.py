@@ -183,6 +183,7 @@ def test_the_newest_line_has_no_number_while_nothing_is_known(capsys: pytest.Cap
         (["--cpus", "0", "--", "true"], "--cpus"),
         (["--memory", "1T", "--", "true"], "no SIZE"),
         (["--timeout", "0", "--", "true"], "--timeout"),
+        (["--timeout", "nan", "--", "true"], "--timeout"),
         (["kernels", "--", "ls"], "takes no COMMAND"),
     ],
 )

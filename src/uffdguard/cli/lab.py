@@ -36,7 +36,7 @@ class Lab(click.Group):
 
 def size(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """Return VALUE if it is a SIZE as QEMU takes it."""
-    if not re.fullmatch(r"[1-9]\d*[MG]", value):
+    if not re.fullmatch(r"[1-9][0-9]*[MG]", value):
         raise click.BadParameter(f"{value!r} is no SIZE such as 512M or 2G", ctx, param)
     return value
 
@@ -73,7 +73,7 @@ def size(ctx: click.Context, param: click.Parameter, value: str) -> str:
 @click.option(
     "--timeout",
     metavar="SECONDS",
-    type=click.FloatRange(0, min_open=True),
+    type=click.IntRange(1, 1_000_000),
     help="End the VM after this time, boot included, and exit with 124.",
 )
 @click.pass_context
@@ -84,7 +84,7 @@ def command(
     memory: str,
     count_instructions: bool,
     append: tuple[str, ...],
-    timeout: float | None,
+    timeout: int | None,
 ) -> None:
     """Run COMMAND as root on a stock kernel.
 

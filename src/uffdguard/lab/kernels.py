@@ -41,8 +41,11 @@ LINES = (
 OLDEST = next(line for line in LINES if line.supported)
 *_, BEFORE_NEWEST, NEWEST = LINES
 
+#: A release of a kernel, as ``uname -r`` prints it.
+RELEASE = re.compile(r"\d+\.\d+\.\d+(?:\+[a-z]+[\d.]+|-\d+)?-amd64", re.ASCII)
+
 #: The package of the image, without the flavours (cloud, rt), the unsigned and the debugging ones.
-IMAGE = re.compile(r"linux-(?:image|binary)-(\d+\.\d+\.\d+(?:\+[a-z]+[\d.]+|-\d+)?-amd64)")
+IMAGE = re.compile(rf"linux-(?:image|binary)-({RELEASE.pattern})", re.ASCII)
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 
@@ -105,14 +108,15 @@ def find_line(word: str) -> Line:
     words = {line.name: line for line in LINES} | {"oldest": OLDEST, "newest": NEWEST}
     if word in words:
         return words[word]
-    if re.fullmatch(r"\d+\.\d+", word) and belongs(word, NEWEST):
+    if re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}", word) and belongs(word, NEWEST):
         return Line(word, NEWEST.suites)
     raise Failure(f"lab: there is no kernel line {word!r}", "see `uffdguard lab kernels`")
 
 
 def cached(line: Line) -> Kernel | None:
     """Return the highest kernel of LINE in the cache, or None."""
-    paths = (path for path in cache().glob("kernels/*/*-amd64") if belongs(path.name, line))
+    found = cache().glob("kernels/*/*")
+    paths = (path for path in found if RELEASE.fullmatch(path.name) and belongs(path.name, line))
     path = max(paths, key=lambda path: version(path.name), default=None)
     return Kernel(path.name, path) if path else None
 
@@ -198,8 +202,9 @@ def choose(names: Iterable[str], line: Line) -> tuple[str, list[str]]:
 def archives(targets: str) -> dict[str, str]:
     """Return label -> URI of the Debian archives among TARGETS (``URI|ORIGIN|LABEL`` a line)."""
     found: dict[str, str] = {}
-    for uri, origin, label in (row.split("|") for row in targets.splitlines()):
-        if origin == "Debian" and not uri.startswith("cdrom:"):
+    # The labels of other archives may have a bar in them.
+    for uri, label in re.findall(r"^([^|\n]*)\|Debian\|(.*)$", targets, re.MULTILINE):
+        if not uri.startswith("cdrom:"):
             found.setdefault(label, uri)
     return found
 
