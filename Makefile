@@ -14,6 +14,12 @@ DEBIAN_PACKAGES = busybox-static clang crun file groff-base kmod libbpf-dev libc
 # What `make deb` and `make test-boot` need on top.
 DEB_PACKAGES = clang debhelper debootstrap dh-python dpkg-dev libbpf-dev libc6-dev lintian python3-click python3-pip
 
+# Seconds that `make fuzz` takes for each of its TARGETS; all without a name.
+SECONDS ?= 60
+
+# What a dependency group of pyproject.toml lists.
+group = $$($(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['$(1)'])")
+
 # Of the package; a test of the upgrade builds a second one.
 VERSION ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/uffdguard/__init__.py)
 
@@ -23,7 +29,7 @@ OBJECT = src/uffdguard/kernel/guard.bpf.o
 LAB = $(VENV)/uffdguard lab --cpus 2 --memory 2G --append syscall.x32=y --timeout 2400 --kernel
 
 .PHONY: all setup packages packages-deb demo test test-unit test-host test-vm test-clients-long test-matrix test-boot \
-	lint format wheel deb clean
+	fuzz lint format wheel deb clean
 
 all: setup $(OBJECT) build/actor build/driver build/driver32
 
@@ -40,8 +46,11 @@ packages:
 
 .venv/ready: pyproject.toml hatch_build.py
 	$(PYTHON) -m venv .venv
-	$(VENV)/python -m pip install -q -e '.[lab]' $$($(PYTHON) -c "import tomllib; \
-		print(*tomllib.load(open('pyproject.toml', 'rb'))['dependency-groups']['dev'])")
+	$(VENV)/python -m pip install -q -e '.[lab]' $(call group,dev)
+	touch $@
+
+.venv/fuzz-ready: .venv/ready
+	$(VENV)/python -m pip install -q $(call group,fuzz)
 	touch $@
 
 $(OBJECT): src/uffdguard/kernel/guard.bpf.c hatch_build.py | packages
@@ -95,6 +104,10 @@ test-clients-long: all build/newer build/selftests
 test-boot: packages-deb all
 	$(MAKE) --no-print-directory deb
 	$(VENV)/pytest tests/boot
+
+# Coverage-guided: docs/fuzzing.md.
+fuzz: all .venv/fuzz-ready
+	PYTHONPATH=tests $(VENV)/python -m fuzz.run $(SECONDS) $(TARGETS)
 
 lint: all
 	$(VENV)/ruff check
