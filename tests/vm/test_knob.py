@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -210,12 +211,27 @@ def test_stop_ends_the_server_and_the_native_file_is_seen(serving: int) -> None:
     assert actor(KVM, "syscall") == ["allowed", "EPERM"]
 
 
-def test_who_has_no_cap_sys_admin_does_not_switch_the_mode(serving: int, log: Path) -> None:
-    """A sandbox with /proc/sys read-only gets the file writable when it is mounted later."""
-    sandbox = f"mount --rbind -o ro /proc/sys /proc/sys; setpriv --bounding-set -sys_admin sh -c 'echo kvm > {FILE}'"
-    assert sh(f'unshare -m sh -c "{sandbox}"')[0] != 0
+@pytest.mark.parametrize("name", ["sh", r"\034CapEff:200000"])
+def test_who_has_no_cap_sys_admin_does_not_switch_the_mode(serving: int, log: Path, name: str) -> None:
+    """A sandbox with /proc/sys read-only gets the file writable when it is mounted later; its name is its own."""
+    write = f"printf '{name}' >/proc/self/comm; echo kvm >{FILE}"
+    sandbox = f"mount --rbind -o ro /proc/sys /proc/sys; setpriv --bounding-set -sys_admin sh -c {shlex.quote(write)}"
+    assert sh(f"unshare -m sh -c {shlex.quote(sandbox)}")[0] != 0
     assert "has no CAP_SYS_ADMIN" in log.read_text()
     assert FILE.read_text() == "[disabled] enabled kvm\n"
+
+
+@pytest.mark.parametrize("name", [b"\xff", b"\x1cx"])
+def test_a_mount_of_any_name_hides_nothing(serving: int, tmp_path: Path, name: bytes) -> None:
+    place = tmp_path / os.fsdecode(name)
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "x", place], check=True)
+    try:
+        assert native.is_covered()
+        assert guard.stop()
+        assert not native.is_covered()
+    finally:
+        subprocess.run(["umount", place], check=True)
 
 
 def test_readers_never_see_anything_but_the_mode_while_the_watch_goes_on(
