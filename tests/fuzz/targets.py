@@ -86,7 +86,9 @@ def target(function: Callable[[bytes], None]) -> Callable[[bytes], None]:
 
 @contextlib.contextmanager
 def replaced(*places: Any, **values: Any) -> Iterator[None]:
-    """Have VALUES as attributes of each of PLACES that has one of the name."""
+    """Have VALUES as attributes of each of PLACES that has one of the name; one at least has."""
+    for name in values:
+        assert any(hasattr(place, name) for place in places), name
     with contextlib.ExitStack() as stack:
         for place in places:
             mine = {name: value for name, value in values.items() if hasattr(place, name)}
@@ -335,7 +337,7 @@ def arguments(data: bytes) -> None:
             named = {str(mode), f"--mode={mode}"} & set(words)
             assert named or (name, mode) == ("install", Mode.DISABLED), (name, mode)
         if timeout := options.get("timeout"):
-            assert isinstance(timeout, float)
+            assert isinstance(timeout, int)
             assert timeout > 0
 
 
