@@ -25,11 +25,13 @@ VERSION ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/uffdguard/__init_
 
 VENV = .venv/bin
 OBJECT = src/uffdguard/kernel/guard.bpf.o
+# Seconds that a VM may take.
+TIMEOUT = 3600
 # With the system calls of x32, which Debian's kernels have but turn off, so that they are tried too.
-LAB = $(VENV)/uffdguard lab --cpus 2 --memory 2G --append syscall.x32=y --timeout 2400 --kernel
+LAB = $(VENV)/uffdguard lab --cpus 2 --memory 2G --append syscall.x32=y --timeout $(TIMEOUT) --kernel
 
-.PHONY: all setup packages packages-deb demo test test-unit test-host test-vm test-clients-long test-matrix test-boot \
-	fuzz lint format wheel deb clean
+.PHONY: all setup packages packages-deb demo test test-unit test-host test-vm test-long test-clients-long test-matrix \
+	test-boot fuzz lint format wheel deb clean
 
 all: setup $(OBJECT) build/actor build/driver build/driver32
 
@@ -95,6 +97,15 @@ test-vm-%: all build/newer build/selftests
 # On every kernel line of the lab, those that are refused too: an hour or more. Without TESTS it writes docs/kernels.md.
 test-matrix: all build/newer build/selftests
 	$(VENV)/python tests/matrix.py $(or $(TESTS),--write docs/kernels.md $(SUITES) tests/refused)
+
+# The model against the kernel for STEPS steps, and address spaces in the same memory: an hour or so.
+STEPS ?= 20000
+test-long: all
+	@$(MAKE) --no-print-directory -j2 --output-sync=target test-long-6.12 test-long-newest
+
+test-long-%: TIMEOUT = 14400
+test-long-%: all
+	$(LAB) $* -- $(VENV)/pytest tests/vm/test_model.py tests/vm/test_reuse.py -s --timeout 0 --steps $(STEPS)
 
 # What of docs/programs.md takes too long for every run: 15 minutes or so.
 test-clients-long: all build/newer build/selftests

@@ -136,9 +136,11 @@ def start(configured: Policy, mode: Mode | None = None) -> bool:
                 _change(found.fds, wanted, held.enter_context(Asker()), undo)
             undo.pop_all()
             return changed
+        older = [program.id for program in found.programs.values()]
         _replace(found, wanted, held, undo)
         undo.pop_all()
-        return True
+    libbpf.await_end(older)
+    return True
 
 
 def _await_server() -> None:
@@ -345,12 +347,16 @@ def stop() -> bool:
         step("uncover the native file")
         _end_server()
         native.uncover()
+        programs: list[int] = []
+        with contextlib.suppress(Failure), pinned() as found:  # without libbpf we do not wait
+            programs = [program.id for program in found.programs.values()]
         for path in sorted(left, key=lambda path: PARTS.index(path.name) if path.name in PARTS else -1, reverse=True):
             if path.name in PARTS:
                 step(f"unpin {path.name}")
             path.unlink()
         if left:
             PINS.rmdir()
+        libbpf.await_end(programs)
         LOADED.unlink(missing_ok=True)
         step("restore the native knob")
         if FOUND.exists():

@@ -123,7 +123,7 @@ def test_a_cached_kernel_is_used_as_it_is(cache: Path, monkeypatch: pytest.Monke
 
 
 def test_a_cached_kernel_of_a_line_with_a_number_is_not_taken_for_the_newest(cache: Path) -> None:
-    (cache / "kernels/7.2/7.2.12+deb13-amd64").mkdir(parents=True)
+    (cache / "kernels/7.0/7.0.13+deb13-amd64").mkdir(parents=True)
     assert kernels.cached(kernels.find_line("newest")) is None
 
 

@@ -454,20 +454,3 @@ def test_a_clock_that_is_set_back_changes_nothing(
     assert start() is False
     assert guard.stop()
     assert ways() == NATIVE[0]
-
-
-class TestSkippedHooks:
-    """The kernel skips a tracing program while another runs on that CPU; here each time."""
-
-    def test_a_grant_that_is_not_forgotten_grants_nobody_else(self, variant: Callable[..., None]) -> None:
-        variant("\terase(mm->context.ctx_id);\n", "")
-        start("kvm")
-        for number in range(1, 4):
-            assert ways(KVM) == set(ALL)
-            assert state.status().grants == number
-            assert ways() == NOTHING
-
-    def test_an_open_that_is_not_seen_grants_nobody(self, variant: Callable[..., None]) -> None:
-        variant("if (!ret && inode->i_rdev == KVM_RDEV)", "if (0)")
-        start("kvm")
-        assert ways(KVM) == NOTHING

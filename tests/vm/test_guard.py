@@ -21,7 +21,7 @@ from inside import USER, Killer, actor, forked, uffdguard, waiting_actor, watche
 
 from uffdguard import guard, proof, state
 from uffdguard.errors import Failure
-from uffdguard.kernel import layout, libbpf, native
+from uffdguard.kernel import features, layout, libbpf, native
 from uffdguard.policy import Mode, Policy
 
 if TYPE_CHECKING:
@@ -233,6 +233,34 @@ def test_start_mends_a_native_knob_that_somebody_changed() -> None:
     assert guard.start(Policy(), None) is True
     assert knob() == 0
     assert not state.status().drift
+
+
+def test_the_programs_are_gone_when_stop_or_an_upgrade_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def programs() -> list[int]:
+        with state.pinned() as found:
+            return [program.id for program in found.programs.values()]
+
+    def loaded(number: int) -> bool:
+        fd: int = libbpf.library().bpf_prog_get_fd_by_id(number)
+        if fd >= 0:
+            os.close(fd)
+        return fd >= 0
+
+    again = tmp_path / "again.bpf.o"
+    again.write_bytes(features.OBJECT.read_bytes() + b"\0")
+    first_build = features.OBJECT
+    for _ in range(5):
+        monkeypatch.setattr(features, "OBJECT", first_build)
+        start("kvm")()
+        first = programs()
+        assert len(first) == 3
+        assert all(map(loaded, first))
+        monkeypatch.setattr(features, "OBJECT", again)
+        start("kvm")()
+        assert not any(map(loaded, first))
+        second = programs()
+        guard.stop()
+        assert not any(map(loaded, second))
 
 
 def test_a_stopped_policy_leaves_the_native_knob_closed_when_the_record_is_lost() -> None:

@@ -5,17 +5,19 @@ Every file descriptor that a function here returns belongs to the caller.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import functools
 import os
+import time
 from ctypes import POINTER, byref, c_bool, c_char, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from uffdguard.errors import Failure
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
     from types import TracebackType
 
@@ -303,6 +305,20 @@ def program_of_link(fd: int) -> ProgramInfo:
         return info(program, ProgramInfo)
     finally:
         os.close(program)
+
+
+def await_end(programs: Iterable[int]) -> None:
+    """Wait, 5 s at most, until programs of these ids are gone.
+
+    Who unlinks a pin has not detached anything yet: the kernel does so in a work of its own, bpf_link_put_deferred()
+    of kernel/bpf/syscall.c, and until then they run.
+    """
+    end = time.monotonic() + 5
+    for number in programs:
+        with contextlib.suppress(FileNotFoundError):
+            while time.monotonic() < end:
+                os.close(_call("bpf_prog_get_fd_by_id", number))
+                time.sleep(0.002)
 
 
 def maps_of(program: ProgramInfo, names: dict[str, str]) -> dict[str, int]:

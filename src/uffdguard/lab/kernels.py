@@ -30,13 +30,13 @@ class Line:
     supported: bool = True
 
 
-#: All that the archive carries, oldest first: what the lab boots, `make test` and `make test-matrix` try, and
+#: Lines that the archive carries, oldest first: what the lab boots, `make test` and `make test-matrix` try, and
 #: docs/kernels.md tells of. The last is whatever is newer than the others: its number is known from the archive only.
 LINES = (
     Line("5.10", ("bullseye", "bullseye-security"), supported=False),
     Line("6.1", ("bookworm", "bookworm-security")),
     Line("6.12", ("trixie", "trixie-security", "bookworm-security")),
-    *(Line(name, ("trixie-backports",)) for name in ("6.16", "6.17", "6.18", "6.19", "7.0", "7.1", "7.2", "7.x")),
+    *(Line(name, ("trixie-backports",)) for name in ("6.18", "7.0", "7.x")),
 )
 OLDEST = next(line for line in LINES if line.supported)
 *_, BEFORE_NEWEST, NEWEST = LINES
