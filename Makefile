@@ -79,7 +79,7 @@ demo: all
 	@$(LAB) $(KERNEL) -- $(VENV)/python tests/clients/demo.py $$(test -t 1 && echo --colour)
 
 test: test-unit test-host
-	@echo "$(SUITES) on the kernels $(KERNELS): 10 minutes or so"
+	@echo "$(SUITES) on the kernels $(KERNELS): 20 minutes or so"
 	@$(MAKE) --no-print-directory -j2 --output-sync=target $(KERNELS:%=test-vm-%)
 
 test-unit: all
