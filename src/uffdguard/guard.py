@@ -348,8 +348,9 @@ def stop() -> bool:
         _end_server()
         native.uncover()
         programs: list[int] = []
-        with contextlib.suppress(Failure), pinned() as found:  # without libbpf we do not wait
-            programs = [program.id for program in found.programs.values()]
+        if left:
+            with contextlib.suppress(Failure), pinned() as found:  # without libbpf we do not wait
+                programs = [program.id for program in found.programs.values()]
         for path in sorted(left, key=lambda path: PARTS.index(path.name) if path.name in PARTS else -1, reverse=True):
             if path.name in PARTS:
                 step(f"unpin {path.name}")
