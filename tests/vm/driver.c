@@ -176,6 +176,7 @@ static long exec(int socket)
 static long execute(int socket, int received)
 {
 	word registers[REGISTERS];
+	long result;
 
 	for (int i = 0; i < REGISTERS; i++)
 		registers[i] = command.registers[i] + (command.pointers & 1 << i ? (word)command.data : 0);
@@ -185,8 +186,11 @@ static long execute(int socket, int received)
 	case ENTER_32:
 		return enter(registers, 1);
 	case SPAWN:
-		return spawn(registers[BX], registers[BX] & CLONE_VM ? (char *)map(-1, 0, STACK) + STACK : (char *)0,
-			     received);
+		result = spawn(registers[BX], registers[BX] & CLONE_VM ? (char *)map(-1, 0, STACK) + STACK : (char *)0,
+			       received);
+		if (!(registers[BX] & CLONE_FILES))
+			call(__NR_close, received);
+		return result;
 	case EXEC:
 		return exec(socket);
 	case URING:

@@ -285,7 +285,7 @@ class Model(RuleBasedStateMachine):
         if tracer.call("ptrace", PTRACE_SEIZE, traced.process.pid, 0, 0) == 0:
             traced.traced_by = tracer
 
-    @rule(change=st.sampled_from((*Mode, "option", "upgrade", "stop")))
+    @rule(change=st.sampled_from((*Mode, *Mode, *Mode, "option", "upgrade", "stop")))
     def change(self, change: Mode | str) -> None:
         """Change the policy by one rule: these steps take longer than the others together."""
         match change, self.policy:
@@ -454,18 +454,20 @@ def subjects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def run(steps: int) -> None:
     """Go about STEPS steps, in runs of 50."""
-    run_state_machine_as_test(
-        Model,
-        settings=settings(
-            max_examples=max(steps // 50, 1),
-            stateful_step_count=50,
-            deadline=None,
-            database=None,
-            derandomize=steps <= 1000,
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
-    print(f"{Model.steps} steps, {'with' if Model.has_x32 else 'without'} x32")
+    try:
+        run_state_machine_as_test(
+            Model,
+            settings=settings(
+                max_examples=max(steps // 50, 1),
+                stateful_step_count=50,
+                deadline=None,
+                database=None,
+                derandomize=steps <= 1000,
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+    finally:
+        print(f"{Model.steps} steps, {'with' if Model.has_x32 else 'without'} x32")
 
 
 @pytest.mark.parametrize("mode", [Mode.DISABLED, Mode.KVM])
