@@ -131,7 +131,8 @@ def passes_stress(user: User) -> None:
     if "errno=1," in done.stdout:
         raise Refused(done.stdout)
     assert done.returncode == 0, done.stdout
-    assert re.search(r"userfaults: [1-9]\d* missing", done.stdout)
+    # It draws what each round does, so that there may be no missing pages but writes to protected ones.
+    assert re.search(r"userfaults: [1-9]", done.stdout)
 
 
 def unit_tests(user: User, *options: str) -> list[str]:
