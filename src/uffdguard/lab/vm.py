@@ -66,6 +66,10 @@ ONE_THREAD = ("-accel", "tcg,thread=single")
 #: A kernel loads its own modules only: apt could not check those of some, see Apt.download_modules().
 SIGNED = "module.sig_enforce=1"
 
+#: The kernel sees at boot whether the timer interrupts within 10 ticks, and panics when it does not, check_timer() of
+#: arch/x86/kernel/apic/io_apic.c: on a busy machine an emulated one does not always.
+BUSY = "no_timer_check"
+
 #: Without the user's .bashrc: what that starts may take longer here than the VM took to boot.
 BASH = ("env", r"PS1=\u@\h:\w\$ ", "bash", "--norc", "-i")
 
@@ -184,7 +188,7 @@ def virtme(kernel: Kernel, shared: Path, overlaid: Iterable[str], *, terminal: b
     if virtme_run is None:
         raise Failure("lab: virtme-ng is not installed", "run `pip install 'uffdguard[lab]'`")
     argv = [virtme_run, "--kimg", str(kernel.image), "--mods", "auto", "--disable-kvm", "--force-9p"]
-    argv += ["--name", "lab", "--kopt", "panic=-1", "--kopt", SIGNED, "--rwdir", f"{SHARED}={shared}"]
+    argv += ["--name", "lab", "--kopt", "panic=-1", "--kopt", SIGNED, "--kopt", BUSY, "--rwdir", f"{SHARED}={shared}"]
     argv += [word for directory in overlaid for word in ("--overlay-rwdir", directory)]
     if terminal:
         return [*argv, "--shell", f"{SHARED}/boot"]
