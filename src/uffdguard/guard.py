@@ -163,7 +163,10 @@ def _end_server() -> None:
     pid = server()
     if not pid:
         return
-    process = os.pidfd_open(pid)
+    try:
+        process = os.pidfd_open(pid)
+    except ProcessLookupError:  # it has ended meanwhile
+        return
     try:
         for number in (signal.SIGTERM, signal.SIGKILL):
             if server() == pid:

@@ -37,9 +37,9 @@ NAMES = ("uffdguard.service", "uffdguard-knob.service")
 #: The steps of install and uninstall.
 STEPS = Steps(
     (
-        "remove the older files",
         "list the files",
         "write a file",
+        "list what is there",
         "enable the units",
         "disable the units",
         "remove a file",
@@ -80,22 +80,20 @@ def install(command: Path, mode: Mode, completion: str) -> None:
     native.check_mode(mode)
     known = _manifest()
     wanted = dict(files(command, mode, completion))
-    foreign = [str(path) for path in wanted if path.exists() and _hash(path.read_bytes()) != known.get(str(path))]
+    there = [path for path in wanted if path.exists()]
+    foreign = [str(path) for path in there if _hash(path.read_bytes()) not in known.get(str(path), [])]
     if foreign:
         raise Failure(f"not put there by us, or changed since: {', '.join(foreign)}", "move it away and run it again")
-    # At any time what is there is what is listed: what is listed and not there does no harm, what is there and not as
-    # listed would be somebody's.
-    step("remove the older files")
-    for path in wanted:
-        path.unlink(missing_ok=True)
+    hashes = {str(path): _hash(text.encode()) for path, text in wanted.items()}
+    # At any time each file is there, the older or the newer, and listed: what is not would be somebody's.
     step("list the files")
-    MANIFEST.parent.mkdir(parents=True, exist_ok=True)
-    listed = known | {str(path): _hash(text.encode()) for path, text in wanted.items()}
-    write(MANIFEST, json.dumps(listed, indent=2) + "\n")
+    _list(known | {name: [*known.get(name, []), newer] for name, newer in hashes.items()})
     for path, text in wanted.items():
         step("write a file")
         path.parent.mkdir(parents=True, exist_ok=True)
         write(path, text)
+    step("list what is there")
+    _list(known | {name: [newer] for name, newer in hashes.items()})
     step("enable the units")
     _systemctl("daemon-reload")
     _systemctl("enable", *NAMES)
@@ -118,9 +116,9 @@ def uninstall() -> list[str]:
         step("remove a file")
         path = Path(name)
         beside(path).unlink(missing_ok=True)
-        if not path.exists():
+        if not path.is_file():
             continue
-        if _hash(path.read_bytes()) == written:
+        if _hash(path.read_bytes()) in written:
             path.unlink()
         else:
             left.append(name)
@@ -130,12 +128,22 @@ def uninstall() -> list[str]:
     return left
 
 
-def _manifest() -> dict[str, str]:
+def _list(files: dict[str, list[str]]) -> None:
+    MANIFEST.parent.mkdir(parents=True, exist_ok=True)
+    write(MANIFEST, json.dumps(files, indent=2) + "\n")
+
+
+def _manifest() -> dict[str, list[str]]:
+    """Return the path of each file that was put in place, and the hashes that it may have."""
     try:
-        return msgspec.json.decode(MANIFEST.read_bytes(), type=dict[str, str])
+        files = msgspec.json.decode(MANIFEST.read_bytes(), type=dict[str, list[str]])
+        for name in files:
+            if "\0" in name or not Path(name).is_absolute() or not Path(name).name:
+                raise ValueError(f"{name!r} is no path of a file")
+        return files
     except FileNotFoundError:
         return {}
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, ValueError) as error:
         raise Failure(
             f"{MANIFEST} cannot be read: {error}", "remove it, and by hand what install put in place"
         ) from error

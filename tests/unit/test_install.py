@@ -137,6 +137,8 @@ def test_a_kill_at_any_step_is_mended_by_install_and_by_uninstall(
         if before:
             before()
         killed = killed_at(number, job)
+        if job is again:  # so that the next boot finds them
+            assert all((install.UNITS / name).exists() for name in install.NAMES)
         with contextlib.suppress(Failure):  # there was nothing to uninstall
             mended_by()
         if mended_by is again:
@@ -157,7 +159,9 @@ def test_what_a_kill_has_left_of_a_file_is_taken_away(root: Path) -> None:
     assert written(root) == {}
 
 
-@pytest.mark.parametrize("content", [b'{"/etc', b'{"/etc": 1}', b"[]", b"[" * 2000, b"\xff"])
+@pytest.mark.parametrize(
+    "content", [b'{"/etc', b'{"/etc": 1}', b"[]", b"[" * 2000, b"\xff", b'{"": []}', b'{"/": []}', b'{"/a\\u0000": []}']
+)
 def test_a_list_that_cannot_be_read_is_told(root: Path, content: bytes) -> None:
     install.MANIFEST.parent.mkdir(parents=True)
     install.MANIFEST.write_bytes(content)

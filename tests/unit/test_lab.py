@@ -148,6 +148,31 @@ def test_modules_that_are_in_the_lists_no_more_are_fetched_from_the_pool(
     assert taken == steps
 
 
+def test_of_a_package_of_modules_only_modules_are_unpacked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing may vouch for it: it must not bring the kernel that would check its modules."""
+    monkeypatch.setattr(kernels, "need", lambda tool, package: tool)
+    release = "7.0.13+deb13-amd64"
+    package, modules = tmp_path / "package", tmp_path / "package/usr/lib/modules" / release
+    (modules / "kernel/fs").mkdir(parents=True)
+    for path in ("kernel/fs/9p.ko.xz", "modules.order", "vmlinuz", "kernel/fs/notes"):
+        (modules / path).write_text(path)
+    (modules / "kernel/away.ko").symlink_to("/etc/passwd")
+    (package / "boot").mkdir()
+    (package / f"boot/vmlinuz-{release}").write_text("another kernel")
+    (package / "DEBIAN").mkdir()
+    (package / "DEBIAN/control").write_text(
+        "Package: x\nVersion: 1\nArchitecture: all\nMaintainer: x\nDescription: x\n".replace("x", "y")
+    )
+    archive = tmp_path / "linux-modules-x.deb"
+    subprocess.run(["dpkg-deb", "--build", package, archive], check=True, stdout=subprocess.DEVNULL)
+    kernels.unpack(archive, tmp_path / "root", release)
+    below = tmp_path / "root/usr/lib/modules" / release
+    assert {path for path in (tmp_path / "root").rglob("*") if not path.is_dir()} == {
+        below / "kernel/fs/9p.ko.xz",
+        below / "modules.order",
+    }
+
+
 def test_another_machine_than_x86_64_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     with pytest.raises(Failure, match="must be x86-64"):

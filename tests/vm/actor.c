@@ -362,7 +362,8 @@ static void run(char **steps)
 			close(opened);
 		else if (IS("opens"))
 			while (number--)
-				close(open("/dev/kvm", O_RDWR));
+				if (close(open("/dev/kvm", O_RDWR)))
+					fail(step);
 		else if (IS("generations"))
 			generations(number);
 		else if (IS("churn"))

@@ -250,7 +250,7 @@ class TestMemoryLimit:
             number = next(n for n in range(1000) if openers.enter_context(opener()) == "EPERM")
             assert (state.status().grants, state.status().lost) == (number + 1, 1)
             (self.GROUP / "memory.max").write_text("max")
-            # It gets memory for entries when one is asked for, but only for the next: alloc_bulk() of kernel/bpf/memalloc.c.
+            # Where an entry is asked for the kernel gets memory for the next ones: alloc_bulk(), kernel/bpf/memalloc.c.
             until(lambda: ways(KVM) == set(ALL))
 
 

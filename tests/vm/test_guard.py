@@ -46,12 +46,12 @@ def knob() -> int:
 
 def killed_at(step: str, job: Callable[[], object]) -> bool:
     """Do JOB in a process that is killed just before STEP; tell whether it came to that."""
-    pid = os.fork()
-    if pid == 0:
+
+    def doomed() -> None:
         with watched(Killer(step)):
             job()
-        os._exit(0)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    status = os.waitstatus_to_exitcode(os.waitpid(forked(doomed), 0)[1])
     assert status in (0, -signal.SIGKILL)
     return status != 0
 

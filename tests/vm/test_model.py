@@ -190,6 +190,8 @@ class Model(RuleBasedStateMachine):
             place = f"/proc/self/fd/{next(iter(held), 999)}"
         result = open_by(way, subject, place, OPEN_FLAGS[flags])
         kvm = place not in ("/dev/userfaultfd", "/dev/null")
+        if held is None and result != -errno.EACCES:
+            assert (result < 0) is (flags in ("direct", "directory", "exclusive"))
         if result < 0:
             # The driver's open comes last but for this.
             if kvm and flags == "direct" and result == -errno.EINVAL:
@@ -370,7 +372,7 @@ class Model(RuleBasedStateMachine):
             expected = 0 if reason.allowed else -errno.EPERM
         if self.loaded and reason is Reason.KVM and counted == [Reason.NO_KVM] and skipped():
             subject.process.mm.granted = False  # a grant may be lost
-            return
+            expected, reason = -errno.EPERM, Reason.NO_KVM
         question = (abi, device, hex(flags), misleading)
         assert (*question, result, counted) == (*question, expected, [reason] if reason else [])
 
@@ -450,6 +452,7 @@ def subjects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(Model, "steps", 0)
         yield
     node.unlink()
+    assert Model.has_x32 == ("syscall.x32=y" in Path("/proc/cmdline").read_text())
 
 
 def run(steps: int) -> None:
@@ -458,7 +461,7 @@ def run(steps: int) -> None:
         run_state_machine_as_test(
             Model,
             settings=settings(
-                max_examples=max(steps // 50, 1),
+                max_examples=steps // 50 + 2,  # the first is a short one
                 stateful_step_count=50,
                 deadline=None,
                 database=None,
@@ -468,6 +471,29 @@ def run(steps: int) -> None:
         )
     finally:
         print(f"{Model.steps} steps, {'with' if Model.has_x32 else 'without'} x32")
+    assert Model.steps >= steps
+
+
+@pytest.mark.parametrize("place", ["/dev/kvm", NODE, "held", "held path"])
+@pytest.mark.parametrize("bits", [64, 32])
+def test_every_way_to_open_kvm_succeeds_and_grants(subjects: None, place: str, bits: int) -> None:
+    model = Model()
+    try:
+        model.begin(Mode.KVM, False)
+        model.exec(0, bits)
+        (subject,) = model.subjects
+        for way in WAYS:
+            model.exec(0, bits)  # which ends the grant, and keeps what is held
+            model.close(0)
+            if place.startswith("held"):
+                model.open(0, NODE, "open", "path" if place == "held path" else "read-write")
+                model.exec(0, bits)
+            assert not subject.process.mm.granted
+            model.open(0, place, way, "read-write")
+            assert subject.process.mm.granted
+            model.ask(0, 0, misleading=False)
+    finally:
+        model.teardown()
 
 
 @pytest.mark.parametrize("mode", [Mode.DISABLED, Mode.KVM])

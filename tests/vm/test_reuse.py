@@ -41,6 +41,11 @@ def at_once(*steps: str) -> list[int]:
     return numbers
 
 
+def until_there(number: Callable[[], int]) -> int:
+    """Return the first NUMBER that is not 0, of twenty."""
+    return next(filter(None, (number() for _ in range(20))))
+
+
 def kernel_memory() -> int:
     """Return what the kernel uses for itself and cannot reclaim, in KiB."""
     sizes = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
@@ -65,7 +70,7 @@ def test_opens_without_end_take_no_kernel_memory(steps: int) -> None:
     actor(f"opens:{opens}")
     grown = kernel_memory() - before
     print(f"{opens} opens: {grown:+} KiB of kernel memory")
-    # One entry left behind by each open would be 64 bytes.
+    # A file of each is more, and so is an entry.
     assert grown < opens * 64 // 1024 // 2
 
 
@@ -82,8 +87,7 @@ class TestSkipped:
         )
         in_force("kvm")
         with preemptible():
-            lost = sum(at_once("until-allowed:50"))
-        assert lost > 0
+            lost = until_there(lambda: sum(at_once("until-allowed:20")))
         # forget is skipped too, now and then.
         assert lost + state.status().grants <= state.status().skipped
 
@@ -95,8 +99,11 @@ class TestSkipped:
             f'{SLOW}SEC("fentry/exit_mmap")\nint BPF_PROG(forget, struct mm_struct *mm)\n{{\n\t{LOOP}',
         )
         in_force("kvm")
+
+        def left_behind() -> int:
+            assert at_once("generations:20") == [20] * 8
+            return state.status().grants
+
         with preemptible():
-            assert at_once("generations:50") == [50] * 8
-        left = state.status().grants
-        assert 0 < left <= state.status().skipped
+            assert until_there(left_behind) <= state.status().skipped
         assert actor("generations:100") == ["100"]

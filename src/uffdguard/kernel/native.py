@@ -162,13 +162,18 @@ def drop_capabilities() -> None:
 
 
 def restrict_writes(*below: Path) -> None:
-    """Let this process change no file but those BELOW, landlock(7); do nothing on a kernel without Landlock.
+    """Let this process make, remove or write no file but those BELOW; do nothing on a kernel without Landlock.
+
+    Modes, owners and attributes of files are not governed by landlock(7).
 
     :raises OSError: with the kernel's errno.
     """
     create_ruleset, add_rule, restrict_self = 444, 445, 446  # on every architecture
     # LANDLOCK_ACCESS_FS_WRITE_FILE, and from _REMOVE_DIR to _MAKE_SYM: the first version's, without reading.
     writes = 1 << 1 | sum(1 << bit for bit in range(4, 13))
+    # LANDLOCK_ACCESS_FS_TRUNCATE, for which the first version does not ask.
+    if _libc().syscall(create_ruleset, None, 0, 1) >= 3:
+        writes |= 1 << 14
     ruleset = _libc().syscall(create_ruleset, ctypes.byref(ctypes.c_uint64(writes)), 8, 0)
     if ruleset < 0:
         return

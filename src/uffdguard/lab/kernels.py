@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -151,7 +152,7 @@ def fetch(line: Line) -> Kernel:
     Raises:
         Failure: A tool or an archive is missing, a signature or a download is bad.
     """
-    dpkg_deb, depmod = need("dpkg-deb", "dpkg"), need("depmod", "kmod")
+    depmod = need("depmod", "kmod")
     apt = Apt(line.suites)
     with (apt.directory / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -170,7 +171,7 @@ def fetch(line: Line) -> Kernel:
             if not set(packages) <= set(names):
                 apt.download_modules(partial, what)
             for package in partial.glob("*.deb"):
-                output([dpkg_deb, "-x", package, partial / "root"])
+                unpack(package, partial / "root", release)
             # Builds of kmod differ in whether they look below /lib or below /usr/lib.
             if (partial / "root/lib").exists():
                 (partial / "root/usr/lib").symlink_to("../lib")
@@ -183,6 +184,23 @@ def fetch(line: Line) -> Kernel:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     return kernel
+
+
+def unpack(package: Path, directory: Path, release: str) -> None:
+    """Unpack a PACKAGE; of one of modules, for which nothing may vouch, modules alone: no kernel, no link away."""
+    dpkg_deb = need("dpkg-deb", "dpkg")
+    if not package.name.startswith("linux-modules-"):
+        output([dpkg_deb, "-x", package, directory])
+        return
+    archive = package.with_suffix(".tar")
+    with archive.open("wb") as file:
+        subprocess.run([dpkg_deb, "--fsys-tarfile", package], stdout=file, check=True)
+    with tarfile.open(archive) as members:
+        inside = re.compile(rf"(\./)?(usr/)?lib/modules/{re.escape(release)}/(kernel/.*\.ko(\.xz)?|modules\.[a-z.]+)")
+        for member in members:
+            if member.isfile() and inside.fullmatch(member.name) and ".." not in member.name:
+                members.extract(member, directory)
+    archive.unlink()
 
 
 def choose(names: Iterable[str], line: Line) -> tuple[str, list[str]]:
