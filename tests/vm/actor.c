@@ -360,11 +360,11 @@ static void run(char **steps)
 			opened = received(word);
 		else if (IS("close"))
 			close(opened);
-		else if (IS("opens"))
+		else if (IS("opens")) {
 			while (number--)
 				if (close(open("/dev/kvm", O_RDWR)))
 					fail(step);
-		else if (IS("generations"))
+		} else if (IS("generations"))
 			generations(number);
 		else if (IS("churn"))
 			churn();
