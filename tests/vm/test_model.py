@@ -461,7 +461,7 @@ def run(steps: int) -> None:
         run_state_machine_as_test(
             Model,
             settings=settings(
-                max_examples=steps // 50 + 2,  # the first is a short one
+                max_examples=steps // 40 + 2,  # some end early
                 stateful_step_count=50,
                 deadline=None,
                 database=None,
