@@ -88,6 +88,36 @@ def test_the_steps_are_those_that_are_taken() -> None:
     assert FIRST_START + STOP == guard.STEPS
 
 
+def test_a_first_start_looks_through_more_than_a_million_descriptors(in_force: Callable[..., None]) -> None:
+    """After a million about which an iterator writes nothing, read(2) gives EAGAIN."""
+    number, times = 50_000, 21
+    read, write = os.pipe()
+
+    def stay() -> None:
+        os.write(write, b"x")
+        signal.pause()
+
+    def crowd() -> None:
+        os.setpgid(0, 0)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (number + 100, number + 100))
+        for _ in range(number):
+            os.dup(0)
+        for _ in range(times):
+            forked(stay)
+        os.write(write, b"x")
+        signal.pause()
+
+    pid = forked(crowd)
+    os.close(write)
+    try:
+        assert all(os.read(read, 1) == b"x" for _ in range(times + 1))
+        in_force("kvm")
+    finally:
+        os.close(read)
+        os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
 @pytest.mark.parametrize("step", FIRST_START)
 def test_a_killed_first_start_is_not_laxer_than_before_and_can_be_repeated(step: str) -> None:
     if step == "mount bpffs":

@@ -208,16 +208,25 @@ class Object:
         """Attach PROGRAM to the hook its section names; return the link's descriptor."""
         return self._detached(_call("bpf_program__attach", self._program(program)))
 
-    def run_iterator(self, program: str) -> None:
-        """Run an iterator program once over everything it iterates."""
+    def run_iterator(self, program: str) -> bytes:
+        """Run an iterator program once over everything it iterates; return what it wrote."""
         link = self._detached(_call("bpf_program__attach_iter", self._program(program), None))
         try:
             fd = _call("bpf_iter_create", link)
         finally:
             os.close(link)
+        written = bytearray()
         try:
-            while os.read(fd, 4096):
-                pass
+            while True:
+                try:
+                    part = os.read(fd, 1 << 16)
+                except (
+                    BlockingIOError
+                ):  # kernel/bpf/bpf_iter.c: after a million objects about which nothing was written
+                    continue
+                if not part:
+                    return bytes(written)
+                written += part
         finally:
             os.close(fd)
 
