@@ -24,7 +24,7 @@ group = $$($(PYTHON) -c "import tomllib; print(*tomllib.load(open('pyproject.tom
 VERSION ?= $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' src/uffdguard/__init__.py)
 
 VENV = .venv/bin
-OBJECT = src/uffdguard/kernel/guard.bpf.o
+OBJECTS = src/uffdguard/kernel/guard.bpf.o src/uffdguard/kernel/inspect.bpf.o
 # Seconds that a VM may take.
 TIMEOUT = 3600
 # With the system calls of x32, which Debian's kernels have but turn off, so that they are tried too.
@@ -33,7 +33,7 @@ LAB = $(VENV)/uffdguard lab --cpus 2 --memory 2G --append syscall.x32=y --timeou
 .PHONY: all setup packages packages-deb demo test test-unit test-host test-vm test-long test-clients-long test-matrix \
 	test-boot fuzz lint format wheel deb clean
 
-all: setup $(OBJECT) build/actor build/driver build/driver32
+all: setup $(OBJECTS) build/actor build/driver build/driver32
 
 setup: packages .venv/ready
 
@@ -55,7 +55,7 @@ packages:
 	$(VENV)/python -m pip install -q $(call group,fuzz)
 	touch $@
 
-$(OBJECT): src/uffdguard/kernel/guard.bpf.c hatch_build.py | packages
+%.bpf.o: %.bpf.c hatch_build.py | packages
 	$(PYTHON) hatch_build.py $@
 
 build/actor: tests/vm/actor.c | packages
@@ -148,4 +148,4 @@ packages-deb:
 	@$(MAKE) --no-print-directory packages DEBIAN_PACKAGES="$(DEB_PACKAGES)"
 
 clean:
-	rm -rf .venv build dist $(OBJECT) .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist $(OBJECTS) .mypy_cache .ruff_cache .hypothesis

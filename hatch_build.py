@@ -13,7 +13,7 @@ try:
 except ImportError:  # run by make, outside of a build
     BuildHookInterface = object  # type: ignore[assignment, misc]
 
-SOURCE = Path("src/uffdguard/kernel/guard.bpf.c")
+SOURCES = ("src/uffdguard/kernel/guard.bpf.c", "src/uffdguard/kernel/inspect.bpf.c")
 
 
 def compile_bpf(source: Path, target: Path) -> None:
@@ -27,15 +27,17 @@ def compile_bpf(source: Path, target: Path) -> None:
 
 
 class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
-    """Puts the object into the wheel, and the machine's name on it: registers are read, so it is not portable."""
+    """Puts the objects into the wheel, and the machine's name on it: registers are read, so it is not portable."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile before the files are collected."""
         if self.target_name == "wheel":
-            source = Path(self.root, SOURCE)
-            compile_bpf(source, source.with_suffix(".o"))
+            for name in SOURCES:
+                source = Path(self.root, name)
+                compile_bpf(source, source.with_suffix(".o"))
             build_data["tag"] = "py3-none-linux_x86_64"
 
 
 if __name__ == "__main__":
-    compile_bpf(SOURCE, Path(sys.argv[1]))
+    for target in map(Path, sys.argv[1:]):
+        compile_bpf(target.with_suffix(".c"), target)

@@ -85,6 +85,22 @@ def actor(*steps: str, user: int = USER, pass_fds: tuple[int, ...] = ()) -> list
     return done.stdout.split("\n")[:-1]
 
 
+def family(pid: int) -> Iterator[Path]:
+    """Yield the directory in /proc of each thread of a process, and of the processes that these have started."""
+    for task in Path(f"/proc/{pid}/task").glob("*"):
+        yield task
+        with contextlib.suppress(OSError):
+            for child in (task / "children").read_text().split():
+                yield from family(int(child))
+
+
+def wchans(pid: int) -> Iterator[str]:
+    """Yield what each of them sleeps in."""
+    for task in family(pid):
+        with contextlib.suppress(OSError):
+            yield (task / "wchan").read_text()
+
+
 @contextlib.contextmanager
 def waiting_actor(*steps: str, user: int = USER) -> Iterator[Callable[[], list[str]]]:
     """Start an actor and return once it waits; the function given lets it go on and returns all its lines."""
@@ -97,8 +113,7 @@ def waiting_actor(*steps: str, user: int = USER) -> Iterator[Callable[[], list[s
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        wchan = Path(f"/proc/{process.pid}/wchan")
-        while "pipe" not in wchan.read_text():
+        while not any("pipe" in wchan for wchan in wchans(process.pid)):
             assert process.poll() is None
 
         def go_on() -> list[str]:

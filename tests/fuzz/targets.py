@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from uffdguard import cli, config, guard, install, knob, state
+from uffdguard import cli, config, guard, inspect, install, knob, state
 from uffdguard.errors import Failure, one_line
 from uffdguard.kernel import features, native, probe
 from uffdguard.lab import kernels, vm
@@ -231,6 +231,18 @@ STATUS = state.Status(
     problems=[],
 )
 WAYS = ("syscall", "syscall-user-mode-only", "device")
+ANSWER = inspect.Answer(
+    subject="pid 1 (x)",
+    allowed=False,
+    reason="disabled",
+    why="mode is disabled",
+    mode=Mode.DISABLED,
+    native_knob=0,
+    capability=False,
+    granted=False,
+    user_mode_only=None,
+    would_allow=["uffdguard mode enabled"],
+)
 #: What each verb does, at the boundary below which something is asked or changed; with its result.
 EFFECTS: dict[tuple[object, str], object] = {
     (guard, "start"): False,
@@ -244,6 +256,10 @@ EFFECTS: dict[tuple[object, str], object] = {
     (native, "has_kvm"): True,
     (features, "rows"): [features.Row("kernel", "warning", "6.1", "boot a newer one")],
     (features, "program_rows"): [],
+    (inspect, "looking"): contextlib.nullcontext((None, None)),
+    (inspect, "holders"): [],
+    (inspect, "check_process"): ANSWER,
+    (inspect, "check_command"): ANSWER,
     (probe, "every_way"): dict.fromkeys((*WAYS, "kvm", *(f"{way}-after-kvm" for way in WAYS)), "EPERM"),
     (knob, "run"): None,
     (knob, "main"): None,
@@ -265,6 +281,10 @@ QUESTIONS = {
     "current_mode",
     "rows",
     "program_rows",
+    "looking",
+    "holders",
+    "check_process",
+    "check_command",
     "every_way",
     "table",
 }

@@ -50,6 +50,10 @@ def test_every_verb_has_help(capsys: pytest.CaptureFixture[str], verb: str) -> N
         (["mode", "k\nvm\x1b"], "there is no mode 'k\\nvm\\x1b'"),
         (["status", "--\n\x1b"], r"--\n\x1b"),
         (["mode", "[kvm]"], "there is no mode '[kvm]'"),
+        (["check"], "give either a PID or, after --, a COMMAND"),
+        (["check", "1", "--", "sh"], "give either a PID or, after --, a COMMAND"),
+        (["check", "sh"], "'sh' is not a valid integer"),
+        (["check", "0"], "0 is not in the range"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_status_2(

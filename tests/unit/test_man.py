@@ -45,7 +45,7 @@ def words_of(name: str, command: click.Command) -> Iterator[tuple[str, set[str]]
         flag = isinstance(parameter, click.Option) and parameter.is_flag
         words.update(option.removeprefix("--") for option in parameter.opts if option.startswith("--"))
         if not flag:
-            words.add(parameter.make_metavar(click.Context(command)).strip("[]"))
+            words.update(re.findall("[A-Z]+", parameter.make_metavar(click.Context(command))))
     if isinstance(command, click.Group):
         if name == "lab":
             words.add("COMMAND")

@@ -242,6 +242,31 @@ static void until_allowed(long number)
 	dprintf(1, "%ld\n", lost);
 }
 
+/* Processes that open /dev/kvm and stay until we end. */
+static void crowd(long number)
+{
+	int ready = eventfd(0, EFD_SEMAPHORE);
+	eventfd_t one;
+
+	for (long i = 0; i < number; i++) {
+		pid_t pid = fork();
+
+		if (pid < 0)
+			fail("fork");
+		if (!pid) {
+			prctl(PR_SET_PDEATHSIG, SIGKILL);
+			if (open("/dev/kvm", O_RDWR) < 0 || eventfd_write(ready, 1))
+				_exit(1);
+			pause();
+			_exit(0);
+		}
+	}
+	for (long i = 0; i < number; i++)
+		if (eventfd_read(ready, &one))
+			fail("crowd");
+	dprintf(1, "%ld\n", number);
+}
+
 static void *toucher(void *page)
 {
 	return (void *)(long)*(volatile char *)page;
@@ -346,6 +371,10 @@ static void run(char **steps)
 			answer_and_close(syscall32(54, device(), USERFAULTFD_IOC_NEW, number, 0, 0));
 		else if (IS("device-int80-misleading"))
 			answer_and_close(syscall32(54, odd_device(), USERFAULTFD_IOC_NEW, number, 1, 1));
+		else if (IS("hold")) /* a userfaultfd */
+			answer(opened = syscall64(SYS_userfaultfd, number, 0, 0, 0));
+		else if (IS("duplicate"))
+			answer(opened = dup(opened));
 		else if (IS("loop")) /* until a file exists */
 			for (; access(word, F_OK); usleep(10000))
 				answer_and_close(syscall64(SYS_userfaultfd, 0, 0, 0, 0));
@@ -368,6 +397,8 @@ static void run(char **steps)
 			generations(number);
 		else if (IS("churn"))
 			churn();
+		else if (IS("crowd"))
+			crowd(number);
 		else if (IS("until-allowed"))
 			until_allowed(number);
 		/* who we are */

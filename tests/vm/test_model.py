@@ -455,11 +455,11 @@ def subjects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert Model.has_x32 == ("syscall.x32=y" in Path("/proc/cmdline").read_text())
 
 
-def run(steps: int) -> None:
+def run(steps: int, machine: type[Model] = Model) -> None:
     """Go about STEPS steps, in runs of 50."""
     try:
         run_state_machine_as_test(
-            Model,
+            machine,
             settings=settings(
                 max_examples=steps // 40 + 2,  # some end early
                 stateful_step_count=50,
@@ -470,8 +470,8 @@ def run(steps: int) -> None:
             ),
         )
     finally:
-        print(f"{Model.steps} steps, {'with' if Model.has_x32 else 'without'} x32")
-    assert Model.steps >= steps
+        print(f"{machine.steps} steps, {'with' if Model.has_x32 else 'without'} x32")
+    assert machine.steps >= steps
 
 
 @pytest.mark.parametrize("place", ["/dev/kvm", NODE, "held", "held path"])

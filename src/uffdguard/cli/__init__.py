@@ -15,7 +15,20 @@ from uffdguard import __version__
 from uffdguard.errors import Failure, one_line
 
 #: The verbs, in the order in which a user meets them. Each is ``uffdguard.cli.VERB:command``.
-VERBS = ("start", "stop", "mode", "status", "probe", "doctor", "knob", "install", "uninstall", "lab")
+VERBS = (
+    "start",
+    "stop",
+    "mode",
+    "status",
+    "holders",
+    "check",
+    "probe",
+    "doctor",
+    "knob",
+    "install",
+    "uninstall",
+    "lab",
+)
 
 
 class Verbs(click.Group):

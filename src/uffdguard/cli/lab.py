@@ -7,21 +7,11 @@ import sys
 
 import click
 
-#: Where the context has the words after ``--``.
-COMMAND = "uffdguard.cli.lab.command"
+from uffdguard.cli.words import COMMAND, TakesCommand
 
 
-class Lab(click.Group):
-    """A group whose words after ``--`` are a COMMAND, whatever they are."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Set the COMMAND aside before click looks at the words."""
-        words: list[str] = []
-        if "--" in args:
-            where = args.index("--")
-            args, words = args[:where], args[where + 1 :]
-        ctx.meta[COMMAND] = tuple(words)
-        return super().parse_args(ctx, args)
+class Lab(TakesCommand, click.Group):
+    """A group that takes a COMMAND, too."""
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 #: Colours of the words that say how something stands; only on a terminal (click strips them elsewhere).
-COLOURS = {"ok": "green", "allowed": "green", "warning": "yellow", "missing": "red"}
+COLOURS = {"ok": "green", "allowed": "green", "warning": "yellow", "missing": "red", "refused": "red", "problem": "red"}
 
 
 def as_json(facts: Any) -> None:
@@ -21,14 +23,29 @@ def as_json(facts: Any) -> None:
     sys.stdout.write("\n")
 
 
-def columns(rows: Iterable[Sequence[str]]) -> None:
-    """Print ROWS of text as aligned columns, two blanks apart; a known word gets its colour."""
+def columns(rows: Iterable[Sequence[str]], *, cut: int | None = None) -> None:
+    """Print ROWS of text as aligned columns, two blanks apart; a known word gets its colour.
+
+    :param cut: the column that gives way on a terminal that is too narrow.
+    """
     rows = [tuple(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    if cut is not None and sys.stdout.isatty():
+        others = sum(widths) - widths[cut] + 2 * len(widths) - 2
+        widths[cut] = max(8, min(widths[cut], shutil.get_terminal_size().columns - others))
     for row in rows:
-        cells = (_coloured(text) + " " * (width - len(text)) for text, width in zip(row, widths, strict=True))
+        cells = (_cell(text, width) for text, width in zip(row, widths, strict=True))
         click.echo("  ".join(cells).rstrip())
 
 
-def _coloured(text: str) -> str:
-    return click.style(text, fg=COLOURS[text]) if text in COLOURS else text
+def _cell(text: str, width: int) -> str:
+    if len(text) > width:
+        text = f"{text[: width - 1]}…"
+    return coloured(text) + " " * (width - len(text))
+
+
+def coloured(word: str) -> str:
+    """Return WORD in its colour, if it has one and the user has not said NO_COLOR (no-color.org)."""
+    if word not in COLOURS or os.environ.get("NO_COLOR"):
+        return word
+    return click.style(word, fg=COLOURS[word])

@@ -55,7 +55,7 @@ def show(status: Status) -> None:
             rows.append((verdict, f"{total} ({', '.join(parts)})" if parts else str(total)))
     render.columns(rows)
     for problem in status.problems:
-        click.echo(f"{click.style('problem', fg='red')}: {problem}")
+        click.echo(f"{render.coloured('problem')}: {problem}")
     if status.problems:
         click.echo("uffdguard start repairs what is its own; uffdguard stop ends it")
     elif not status.in_force:

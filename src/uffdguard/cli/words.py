@@ -14,6 +14,23 @@ else:
     Word = click.ParamType  # generic only since click 8.2
 
 
+#: Where the context has the words after ``--``.
+COMMAND = "uffdguard.cli.words.command"
+
+
+class TakesCommand(click.Command):
+    """A verb whose words after ``--`` are a COMMAND, whatever they are."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Set the COMMAND aside before click looks at the words."""
+        words: list[str] = []
+        if "--" in args:
+            where = args.index("--")
+            args, words = args[:where], args[where + 1 :]
+        ctx.meta[COMMAND] = tuple(words)
+        return super().parse_args(ctx, args)
+
+
 class ModeWord(Word):
     """One of the modes that exist on this kernel."""
 

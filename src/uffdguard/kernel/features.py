@@ -60,7 +60,8 @@ def program_rows() -> Iterator[Row]:
         yield _program(program)
 
 
-def _privileges() -> Row:
+def privileges() -> Row:
+    """Tell whether this process may load programs and see what is pinned."""
     if os.geteuid() != 0:
         return Row("privileges", "missing", "not running as root", "run it as root, e.g. with sudo")
     status = Path("/proc/self/status").read_text()
@@ -72,9 +73,15 @@ def _privileges() -> Row:
     return Row("privileges", "ok", "root")
 
 
-def _namespaces() -> Row:
-    for kind, inode in INITIAL_NAMESPACES.items():
-        if Path(f"/proc/self/ns/{kind}").stat().st_ino != inode:
+def in_initial(kind: str) -> bool:
+    """Tell whether this process is in the initial user or pid namespace."""
+    return Path(f"/proc/self/ns/{kind}").stat().st_ino == INITIAL_NAMESPACES[kind]
+
+
+def namespaces() -> Row:
+    """Tell whether this process is where all that there is can be seen."""
+    for kind in INITIAL_NAMESPACES:
+        if not in_initial(kind):
             return Row("namespaces", "missing", f"not in the initial {kind} namespace", "run it on the host itself")
     # Only root may look; others are told by the row above.
     with contextlib.suppress(OSError):
@@ -203,8 +210,8 @@ def _device_kvm() -> Row:
 
 
 CHECKS: tuple[Callable[[], Row], ...] = (
-    _privileges,
-    _namespaces,
+    privileges,
+    namespaces,
     _machine,
     kernel,
     _libbpf,

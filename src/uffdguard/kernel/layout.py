@@ -1,9 +1,9 @@
-"""The structures shared with guard.bpf.c, one definition each, compared with the object's BTF at load."""
+"""The structures shared with guard.bpf.c and inspect.bpf.c, one definition each, compared with their BTF at load."""
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_int32, c_uint8, c_uint32, c_uint64
+from ctypes import c_char, c_int32, c_uint8, c_uint32, c_uint64
 from typing import TYPE_CHECKING, Any
 
 from uffdguard.errors import Failure
@@ -47,13 +47,38 @@ class Witness(ctypes.Structure):
     _fields_ = (("tgid", c_int32), ("strict", c_uint32), ("decisions", c_uint32), ("reason", c_uint32))
 
 
+class Thread(ctypes.Structure):
+    """``struct thread`` of inspect.bpf.c: what the decision asks about, for one thread."""
+
+    _fields_ = (
+        ("tgid", c_int32),
+        ("tid", c_int32),
+        ("uid", c_uint32),
+        ("granted", c_uint8),
+        ("effective", c_uint8),
+        ("initial", c_uint8),
+        ("unused", c_uint8),
+        ("comm", c_char * 16),
+    )
+
+
+class Descriptor(ctypes.Structure):
+    """``struct descriptor`` of inspect.bpf.c: one of a userfaultfd or of /dev/kvm."""
+
+    _fields_ = (("file", c_uint64), ("tgid", c_int32), ("kvm", c_uint32))
+
+
 #: The maps of global data, each of one value, and what that value is. In the object: ``.data.NAME``.
 VALUES: dict[str, type[ctypes.Structure]] = {"policy": Word, "counts": Counts, "witness": Witness}
 
 
+#: The same of inspect.bpf.c: what its iterators write.
+RECORDS: dict[str, type[ctypes.Structure]] = {"thread": Thread, "descriptor": Descriptor}
+
+
 def map_name(name: str) -> str:
     """Return the object's name of one of our maps."""
-    return f".data.{name}" if name in VALUES else name
+    return f".data.{name}" if name in {**VALUES, **RECORDS} else name
 
 
 def _bits(field: Any) -> int:
@@ -63,7 +88,7 @@ def _bits(field: Any) -> int:
 
 
 def check(obj: Object) -> None:
-    """Compare the definitions here with those in the object.
+    """Compare the definitions here with those in guard.bpf.o.
 
     :raises Failure: they differ; the object was built from another source.
     """
@@ -73,7 +98,25 @@ def check(obj: Object) -> None:
         | {"NR_REASONS": len(REASONS)},
     }
     found: dict[str, object] = {f"enum {name}": obj.enumerators(name) for name in ("mode", "reason")}
-    for name, kind in VALUES.items():
+    _compare(obj, "guard.bpf.o", VALUES, expected, found)
+
+
+def check_records(obj: Object) -> None:
+    """Compare the definitions here with those in inspect.bpf.o.
+
+    :raises Failure: they differ; the object was built from another source.
+    """
+    _compare(obj, "inspect.bpf.o", RECORDS, {}, {})
+
+
+def _compare(
+    obj: Object,
+    name_of_object: str,
+    values: dict[str, type[ctypes.Structure]],
+    expected: dict[str, object],
+    found: dict[str, object],
+) -> None:
+    for name, kind in values.items():
         expected[f"the size of {name}"] = (ctypes.sizeof(kind), 1)
         found[f"the size of {name}"] = obj.map_size(map_name(name))
         struct = "policy_bits" if kind is Word else name
@@ -82,6 +125,6 @@ def check(obj: Object) -> None:
     for what, value in expected.items():
         if found[what] != value:
             raise Failure(
-                f"guard.bpf.o and layout.py differ in {what}: {found[what]} and {value}",
+                f"{name_of_object} and layout.py differ in {what}: {found[what]} and {value}",
                 "reinstall uffdguard, or run make in its source",
             )

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: GPL-2.0-or-later
+/*
+ * What decide() of guard.bpf.c would find in each thread, and who has a userfaultfd or /dev/kvm open.
+ *
+ * Two iterators that write records for inspect.py; nothing here is attached to a hook.
+ */
+#include <linux/types.h>
+#include <linux/bpf.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
+
+#define CAP_SYS_PTRACE 19
+#define FMODE_PATH 0x4000
+#define KVM_RDEV ((10 << 20) | 232) /* MISC_MAJOR, KVM_MINOR, in the kernel's own dev_t */
+#define S_IFMT 0170000
+#define S_IFCHR 0020000
+#define ANON_INODE_FS_MAGIC 0x09041934
+
+/* The kernel's structures, only what is used of them; CO-RE finds the offsets at load. */
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+
+typedef struct {
+	__u64 ctx_id; /* what `grants` is keyed by */
+} mm_context_t;
+
+struct mm_struct {
+	mm_context_t context;
+};
+
+struct user_namespace {
+	int level;
+};
+
+typedef struct {
+} kernel_cap_t;
+
+typedef struct {
+	__u32 val;
+} kuid_t;
+
+struct cred {
+	kuid_t euid;
+	kernel_cap_t cap_effective;
+	struct user_namespace *user_ns;
+};
+
+struct task_struct {
+	struct mm_struct *mm;
+	int pid;
+	int tgid;
+	struct task_struct *group_leader;
+	const struct cred *real_cred;
+	char comm[16];
+};
+
+struct super_block {
+	unsigned long s_magic;
+};
+
+struct inode {
+	unsigned short i_mode;
+	__u32 i_rdev;
+	struct super_block *i_sb;
+};
+
+struct qstr {
+	__u32 len;
+	const unsigned char *name;
+};
+
+struct dentry {
+	struct qstr d_name;
+};
+
+struct path {
+	struct dentry *dentry;
+};
+
+struct file {
+	unsigned int f_mode;
+	struct path f_path;
+	struct inode *f_inode;
+};
+
+struct bpf_iter_meta {
+	struct seq_file *seq;
+};
+
+struct bpf_iter__task {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
+};
+
+struct bpf_iter__task_file {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
+	struct file *file;
+};
+
+#pragma clang attribute pop
+
+/* The map of guard.bpf.c in its place, where a policy is in force; otherwise this one, which stays empty. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 1);
+	__type(key, __u64);
+	__type(value, __u8);
+} grants SEC(".maps");
+
+/*
+ * The records, which layout.py has as well. They are global for their types to be in this object's BTF; each load has
+ * its own, and is run by one process at a time.
+ */
+struct thread {
+	int tgid;
+	int tid;
+	__u32 uid; /* the effective one */
+	__u8 granted;
+	__u8 effective; /* CAP_SYS_PTRACE, in whatever user namespace */
+	__u8 initial; /* in the initial user namespace */
+	__u8 unused;
+	char comm[16]; /* of the process: of the thread that began it */
+};
+
+struct thread thread SEC(".data.thread") = {};
+
+struct descriptor {
+	__u64 file; /* an address: the same for all descriptors of one open file */
+	int tgid;
+	__u32 kvm; /* of /dev/kvm; else of a userfaultfd */
+};
+
+struct descriptor descriptor SEC(".data.descriptor") = {};
+
+/* As in guard.bpf.c. */
+static __always_inline __u32 effective_of(const struct cred *cred)
+{
+	__u64 offset = bpf_core_field_offset(cred->cap_effective);
+
+	barrier_var(offset);
+	return *(const __u32 *)((const void *)cred + offset);
+}
+
+SEC("iter/task")
+int threads(struct bpf_iter__task *ctx)
+{
+	struct task_struct *task = ctx->task;
+	const struct cred *cred;
+	struct mm_struct *mm;
+	__u64 id;
+
+	if (!task)
+		return 0;
+	mm = task->mm;
+	if (!mm) /* the kernel's own, or at its end */
+		return 0;
+	id = mm->context.ctx_id;
+	cred = task->real_cred; /* not what it acts by for the time of a system call */
+
+	thread.tgid = task->tgid;
+	thread.tid = task->pid;
+	thread.uid = cred->euid.val;
+	thread.granted = bpf_map_lookup_elem(&grants, &id) != NULL;
+	thread.effective = effective_of(cred) >> CAP_SYS_PTRACE & 1;
+	thread.initial = cred->user_ns->level == 0;
+	bpf_probe_read_kernel_str(thread.comm, sizeof(thread.comm), task->group_leader->comm);
+	bpf_seq_write(ctx->meta->seq, &thread, sizeof(thread));
+	return 0;
+}
+
+/* By its name on the file system of anonymous inodes, where the kernel alone gives names; told as in guard.bpf.c. */
+static __always_inline int is_userfaultfd(struct file *file)
+{
+	__u64 head = 0;
+
+	return file->f_inode->i_sb->s_magic == ANON_INODE_FS_MAGIC &&
+	       BPF_CORE_READ(file, f_path.dentry, d_name.len) == 13 &&
+	       !bpf_probe_read_kernel(&head, sizeof(head), BPF_CORE_READ(file, f_path.dentry, d_name.name)) &&
+	       head == *(const __u64 *)"[userfau";
+}
+
+/* A thread that shares the descriptors of its leader is passed over; threads whose leader has ended are not. */
+SEC("iter/task_file")
+int descriptors(struct bpf_iter__task_file *ctx)
+{
+	struct task_struct *task = ctx->task;
+	struct file *file = ctx->file;
+
+	if (!task || !file || (file->f_mode & FMODE_PATH))
+		return 0;
+	descriptor.kvm = (file->f_inode->i_mode & S_IFMT) == S_IFCHR && file->f_inode->i_rdev == KVM_RDEV;
+	if (!descriptor.kvm && !is_userfaultfd(file))
+		return 0;
+	descriptor.file = (__u64)file;
+	descriptor.tgid = task->tgid;
+	bpf_seq_write(ctx->meta->seq, &descriptor, sizeof(descriptor));
+	return 0;
+}
+
+char LICENSE[] SEC("license") = "GPL";
