@@ -252,16 +252,20 @@ def test_a_pipe_has_whole_lines_without_colours(capsys: pytest.CaptureFixture[st
     assert capsys.readouterr().out == f"1  refused  {'a' * 300}\n"
 
 
-def test_a_command_that_cannot_be_told_about_is_no_answer(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_command_with_a_hostile_name_in_a_user_namespace(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    hostile = tmp_path / "a\x1b"
+    hostile.write_text("#!/bin/sh\n")
+    hostile.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(inspect, "visible_setting", lambda: Setting(Policy(Mode.KVM), None, option=False))
     monkeypatch.setattr(features, "in_initial", lambda kind: False)
     with pytest.raises(SystemExit) as end:
-        cli.main(["check", "--json", "--", "sh\x1b"])
+        cli.main(["check", "--json", "--", "a\x1b"])
     answer = json.loads(capsys.readouterr().out)
     assert end.value.code == 1
-    assert (answer["subject"], answer["reason"], answer["user_mode_only"]) == (r"sh\x1b", "no-kvm", None)
+    assert (answer["subject"], answer["reason"], answer["user_mode_only"]) == (r"a\x1b", "no-kvm", None)
     assert "not in the initial user namespace" in answer["why"]
 
 
