@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import re
 import stat
 from collections import Counter
@@ -168,6 +169,7 @@ def _holder(setting: Setting, threads: list[layout.Thread], userfaultfds: int, k
     )
 
 
+@functools.cache
 def _user(uid: int) -> str:
     import pwd
 
@@ -180,7 +182,8 @@ def _user(uid: int) -> str:
 def _cgroup(tid: int) -> str:
     """Return the path of a thread's control group, or nothing where the thread has ended or has none."""
     try:
-        return control_group(Path(f"/proc/{tid}/cgroup").read_bytes().decode(errors="backslashreplace"))
+        with open(f"/proc/{tid}/cgroup", "rb") as file:
+            return control_group(file.read().decode(errors="backslashreplace"))
     except OSError:
         return ""
 
@@ -192,6 +195,7 @@ def control_group(text: str) -> str:
     return named.get("name=systemd") or named.get("") or ""
 
 
+@functools.cache
 def unit(cgroup: str) -> str:
     """Return the systemd units, pods and containers that a control group is in, outermost first.
 
