@@ -193,7 +193,7 @@ class TestHolders:
     def test_tell_each_verdict_where_threads_differ(self) -> None:
         with waiting_actor("older-thread", KVM, "become-with-ptrace:1000", "wait", user=0):
             (holder,) = holders().values()
-        assert {verdict.reason for verdict in holder.verdicts} >= {"capability"}
+        assert {verdict.reason for verdict in holder.verdicts} == {"capability", "kvm"}
 
     def test_hostile_names_are_escaped(self) -> None:
         group = Path("/run/cgroup")
@@ -229,8 +229,10 @@ class TestHolders:
     def test_are_all_there_when_they_are_many(self) -> None:
         with waiting_actor("crowd:2000", "wait", user=0):
             found = holders()
+            grants = state.status().grants  # not all, where the kernel skipped the hook of one
         assert len(found) == 2000
-        assert all(holder.kvm and holder.granted for holder in found.values())
+        assert all(holder.kvm for holder in found.values())
+        assert sum(holder.granted for holder in found.values()) == grants > 0
 
     def test_change_nothing(self) -> None:
         with waiting_actor(KVM, "wait"):
@@ -299,8 +301,9 @@ class TestCheck:
             assert f"no process or thread {pid} that runs a program" in outcome.err
 
     def test_names_the_threads_of_a_process_whose_first_has_ended(self) -> None:
+        before = children()  # those that were left to us, too
         with waiting_actor("leader-leaves", "wait"):
-            (pid,) = children()
+            (pid,) = children() - before
             with pytest.raises(Failure, match=f"the thread that began process {pid} has ended") as failure:
                 check(pid)
             thread = int(failure.value.hint.split()[-1])
