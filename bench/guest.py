@@ -1,0 +1,347 @@
+"""What runs in the lab: put a subject in place, have build/measure count, take it away; a line of JSON a part.
+
+Usage: ``guest.py PART...``; the parts are the functions that ``@part`` marks. All but ``cpus`` are exact only in a VM
+that counts instructions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from uffdguard import guard, state
+from uffdguard.kernel import features, layout, libbpf, native
+from uffdguard.policy import Mode, Policy
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build"
+MEASURE = Path("/run/measure")
+COMMAND = Path(sys.executable).with_name("uffdguard")
+
+
+@contextlib.contextmanager
+def policy(mode: Mode, *, user_mode_only: bool = False) -> Iterator[None]:
+    """Put uffdguard in force."""
+    guard.start(Policy(user_mode_only=user_mode_only), mode)
+    with state.pinned() as found:
+        programs = [program.id for program in found.programs.values()]
+    try:
+        yield
+    finally:
+        guard.stop()
+        # The kernel frees what was unpinned, and detaches it, a little later: kernel/bpf/inode.c, bpf_free_inode().
+        while any(map(is_loaded, programs)):
+            time.sleep(0.01)
+
+
+def is_loaded(program: int) -> bool:
+    """Tell whether the kernel still has the program of this id."""
+    fd = libbpf.library().bpf_prog_get_fd_by_id(program)
+    if fd < 0:
+        return False
+    os.close(fd)
+    return True
+
+
+@contextlib.contextmanager
+def attached(program: str) -> Iterator[None]:
+    """Attach one program of subjects.bpf.c."""
+    with libbpf.Object(BUILD / "subjects.bpf.o") as obj:
+        obj.only(program)
+        obj.load()
+        link = obj.attach(program)
+    try:
+        yield
+    finally:
+        os.close(link)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Something that costs: how it is put in place, and what build/measure does to itself."""
+
+    put: Callable[[], AbstractContextManager[None]] = nullcontext
+    options: tuple[str, ...] = ()
+
+
+NONE, AGAIN, FLOOR = "no policy", "no policy, again", "empty LSM program"
+MODES = {f"uffdguard {mode}": Subject(lambda mode=mode: policy(mode)) for mode in Mode}  # type: ignore[misc]
+SUBJECTS = {
+    NONE: Subject(),
+    FLOOR: Subject(lambda: attached("empty")),
+    **MODES,
+    "uffdguard disabled, user-mode-only": Subject(lambda: policy(Mode.DISABLED, user_mode_only=True)),
+    "seccomp filter": Subject(options=("-f", "allow")),
+    "seccomp supervisor": Subject(options=("-f", "notify")),
+    "LSM program on file_open": Subject(lambda: attached("watch_opens")),
+    # How far two runs of the same differ.
+    AGAIN: Subject(),
+}
+
+#: The paths of measure.c that create a userfaultfd; only there a policy may cost.
+CREATIONS = (
+    "userfaultfd",
+    "userfaultfd by root",
+    "userfaultfd after /dev/kvm",
+    "userfaultfd user-mode-only",
+    "/dev/userfaultfd",
+    "/dev/userfaultfd by root",
+    "/dev/userfaultfd after /dev/kvm",
+)
+OPEN_KVM = "open /dev/kvm"
+#: A policy must add nothing to these.
+FREE = (
+    "page fault served",
+    "getppid",
+    "eventfd",
+    "open tmpfs file",
+    "open /dev/null",
+    "io_uring_setup",
+    "fork, exit",
+    "fork, exec, exit",
+    "thread create, join",
+    "mmap, munmap",
+)
+PATHS = (*CREATIONS, OPEN_KVM, *FREE)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What one run of build/measure says of a path, per call."""
+
+    least: float
+    mean: float
+    refused: str | None
+
+
+def measure(paths: Iterable[str], *options: str) -> dict[str, Figure]:
+    """Measure PATHS once."""
+    done = subprocess.run([MEASURE, *options, *paths], stdout=subprocess.PIPE, text=True, check=True)
+    figures = {}
+    for line in done.stdout.splitlines():
+        path, least, mean, _, refused = line.split("\t")
+        figures[path] = Figure(float(least), float(mean), None if refused == "-" else refused)
+    return figures
+
+
+def compare(subjects: dict[str, Subject], paths: Iterable[str], rounds: int, *options: str) -> dict[str, Any]:
+    """Measure PATHS with each subject in place, ROUNDS times and by turns; for each path, each subject's figures."""
+    seen: dict[str, dict[str, list[Figure]]] = {path: {name: [] for name in subjects} for path in paths}
+    for _ in range(rounds):
+        for name, subject in subjects.items():
+            with subject.put():
+                for path, figure in measure(paths, *options, *subject.options).items():
+                    seen[path][name].append(figure)
+    return {path: {name: summary(figures) for name, figures in row.items()} for path, row in seen.items()}
+
+
+def summary(figures: list[Figure]) -> dict[str, Any]:
+    """Return the least of all rounds, by how much the rounds differ, the mean, and whether the calls were refused."""
+    least = [figure.least for figure in figures]
+    (refused,) = {figure.refused for figure in figures}
+    return {
+        "least": round(min(least), 1),
+        "spread": round(max(least) - min(least), 1),
+        "mean": round(sum(figure.mean for figure in figures) / len(figures), 1),
+        "refused": refused,
+    }
+
+
+PARTS: dict[str, Callable[[], Any]] = {}
+
+
+def part(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Make a part of the benchmark by its name."""
+    PARTS[function.__name__] = function
+    return function
+
+
+@part
+def calls() -> dict[str, Any]:
+    """Every path with every subject."""
+    return compare(SUBJECTS, PATHS, 5)
+
+
+@part
+def short() -> dict[str, Any]:
+    """What the check of the committed figures measures."""
+    return compare({NONE: SUBJECTS[NONE], FLOOR: SUBJECTS[FLOOR], **MODES}, PATHS, 2)
+
+
+@part
+def grants() -> dict[str, Any]:
+    """The paths that look into the grants, by the number of grants."""
+    found = {}
+    with policy(Mode.KVM):
+        there = 0
+        for number in (1, 10, 100, 1000, 10_000, 100_000):
+            fill(range(there, number))
+            there = number
+            found[number] = compare(
+                {"uffdguard kvm": Subject()}, ("userfaultfd after /dev/kvm", "userfaultfd", OPEN_KVM, "fork, exit"), 5
+            )
+    return found
+
+
+def fill(numbers: range) -> None:
+    """Put grants into the map of the policy in force: of address spaces that the kernel has not come to yet."""
+    keys = (ctypes.c_uint64 * len(numbers))(*((1 << 40) + number for number in numbers))
+    values = (ctypes.c_uint8 * len(numbers))(*[1] * len(numbers))
+    fd = libbpf.get(state.PINS / "grants")
+    try:
+        count = ctypes.c_uint32(len(numbers))
+        if libbpf.library().bpf_map_update_batch(fd, keys, values, ctypes.byref(count), None):
+            raise OSError(ctypes.get_errno(), "bpf_map_update_batch")
+    finally:
+        os.close(fd)
+
+
+@part
+def threads() -> dict[str, Any]:
+    """A creation by a process of so many threads."""
+    subjects = {NONE: SUBJECTS[NONE], FLOOR: SUBJECTS[FLOOR], "uffdguard kvm": MODES["uffdguard kvm"]}
+    return {
+        number: compare(subjects, ("userfaultfd after /dev/kvm",), 3, "-t", str(number))
+        for number in (1, 2, 4, 8, 16, 32, 64)
+    }
+
+
+@part
+def refusals() -> dict[str, Any]:
+    """A creation while another process is refused so many a second; without a policy it is allowed as often."""
+    subjects = {NONE: SUBJECTS[NONE], "uffdguard kvm": MODES["uffdguard kvm"]}
+    found = {}
+    for rate in (0, 1, 10, 100, 1000):
+        with background("-r", str(rate), "/dev/userfaultfd") if rate else nullcontext():
+            found[rate] = compare(subjects, ("userfaultfd after /dev/kvm",), 3, "-b", "400")
+    return found
+
+
+@contextlib.contextmanager
+def background(*options: str) -> Iterator[None]:
+    """Have build/measure go on at the same time."""
+    with subprocess.Popen([MEASURE, *options], stdout=subprocess.DEVNULL) as process:
+        try:
+            yield
+        finally:
+            process.kill()
+
+
+@part
+def cpus() -> dict[str, Any]:
+    """A process a CPU creates userfaultfds, without counting instructions: the least of all rounds, in ns."""
+    subjects = {NONE: SUBJECTS[NONE], FLOOR: SUBJECTS[FLOOR], "uffdguard kvm": MODES["uffdguard kvm"]}
+    return compare(subjects, ("userfaultfd after /dev/kvm",), 7, "-w", str(os.cpu_count()), "-b", "200")
+
+
+def spent(*command: str | Path, status: int = 0) -> int:
+    """Return the instructions that COMMAND takes, its children and the kernel's part included: the time of its CPU."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    _, ended, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(ended)
+    if process.returncode != status:
+        raise RuntimeError(f"{command}: status {process.returncode}")
+    return round((usage.ru_utime + usage.ru_stime) * 1e9)
+
+
+@part
+def commands() -> dict[str, Any]:
+    """Whole commands, the least of three runs, the first of which warms up; bpf(2) calls of start and stop."""
+
+    def least(*command: str | Path) -> int:
+        return min(spent(*command) for _ in range(3))
+
+    found = {"python3 -c pass": least(sys.executable, "-c", "pass")}
+    with policy(Mode.KVM):
+        for verb in ("--help", "mode", "status"):
+            found[verb] = least(COMMAND, verb)
+    changes: dict[str, list[int]] = {"start": [], "mode": [], "stop": []}
+    with bpf_calls() as number:
+        for _ in range(3):
+            for verb in (("start", "--mode", "kvm"), ("mode", "disabled"), ("stop",)):
+                before = number()
+                changes[verb[0]].append(spent(COMMAND, *verb))
+                asked = number() - before
+                found[f"bpf(2) calls of {' '.join(verb)}"] = asked
+    return found | {f"{verb}, which changes something": min(spent_) for verb, spent_ in changes.items()}
+
+
+@contextlib.contextmanager
+def bpf_calls() -> Iterator[Callable[[], int]]:
+    """Count the calls of bpf(2) of all processes."""
+    tracing = Path("/sys/kernel/tracing")
+    if not (tracing / "events").exists():
+        subprocess.run(["mount", "-t", "tracefs", "tracefs", tracing], check=True)
+    event = tracing / "events/syscalls/sys_enter_bpf"
+    (event / "trigger").write_text("hist:keys=__syscall_nr\n")
+    try:
+        yield lambda: sum(map(int, re.findall(r"} hitcount: +([0-9]+)", (event / "hist").read_text())))
+    finally:
+        (event / "trigger").write_text("!hist:keys=__syscall_nr\n")
+
+
+@part
+def memory() -> dict[str, Any]:
+    """What stays in memory, in bytes: the programs and maps, as the kernel accounts them, and the interface's server."""
+    with policy(Mode.KVM):
+        fds = {}
+        with state.pinned() as found:
+            fds = {name: fd for name, fd in found.fds.items() if name not in state.LINKS}
+            taken = {f"map {name}": memlock(fd) for name, fd in fds.items()}
+            for name, program in found.programs.items():
+                fd = libbpf.library().bpf_prog_get_fd_by_id(program.id)
+                taken[f"program {name}"] = memlock(fd)
+                os.close(fd)
+        with subprocess.Popen([COMMAND, "knob"]) as knob:
+            while not (pid := state.server()) or not native.is_covered():
+                time.sleep(0.1)
+            native.FILE.read_text()
+            taken["knob"] = int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
+            guard.stop()
+            knob.terminate()
+    return taken
+
+
+def memlock(fd: int) -> int:
+    """Return what the kernel accounts for a map or a program."""
+    return int(Path(f"/proc/self/fdinfo/{fd}").read_text().split("memlock:")[1].split()[0])
+
+
+@part
+def versions() -> dict[str, str]:
+    """What all this was measured on."""
+    return {
+        "kernel": Path("/proc/version").read_text().split("Debian ")[-1].split()[0],
+        "release": os.uname().release,
+        "lsm": (features.SECURITYFS / "lsm").read_text(),
+        "python": platform.python_version(),
+    }
+
+
+def prepare() -> None:
+    """Put build/measure where it is on a tmpfs, and let everybody use the devices and the system call."""
+    shutil.copy(BUILD / "measure", MEASURE)
+    native.DEV_KVM.chmod(0o666)
+    native.DEV_USERFAULTFD.chmod(0o666)
+    native.FILE.write_text("1\n")
+
+
+if __name__ == "__main__":
+    prepare()
+    for name in sys.argv[1:]:
+        print(json.dumps({name: PARTS[name]()}), flush=True)
