@@ -30,8 +30,8 @@ TIMEOUT = 3600
 # With the system calls of x32, which Debian's kernels have but turn off, so that they are tried too.
 LAB = $(VENV)/uffdguard lab --cpus 2 --memory 2G --append syscall.x32=y --timeout $(TIMEOUT) --kernel
 
-.PHONY: all setup packages packages-deb demo test test-unit test-host test-vm test-long test-clients-long test-matrix \
-	test-boot fuzz lint format wheel deb clean
+.PHONY: all setup packages packages-deb demo test test-unit test-host test-vm test-cost test-long test-clients-long \
+	test-matrix test-boot bench bench-programs fuzz lint format wheel deb clean
 
 all: setup $(OBJECTS) build/actor build/driver build/driver32
 
@@ -56,9 +56,15 @@ packages:
 	touch $@
 
 %.bpf.o: %.bpf.c hatch_build.py | packages
-	$(PYTHON) hatch_build.py $@
+	$(PYTHON) hatch_build.py $< $@
 
-build/actor: tests/vm/actor.c | packages
+build/subjects.bpf.o: bench/subjects.bpf.c hatch_build.py | packages
+	@mkdir -p build
+	$(PYTHON) hatch_build.py $< $@
+
+build/actor: tests/vm/actor.c
+build/measure: bench/measure.c
+build/actor build/measure: | packages
 	@mkdir -p build
 	clang -O1 -g -Wall -Wextra -Werror -pthread -static -o $@ $<
 
@@ -78,12 +84,22 @@ build/newer build/selftests: tests/clients/fetch.py | setup
 demo: all
 	@$(LAB) $(KERNEL) -- $(VENV)/python tests/clients/demo.py $$(test -t 1 && echo --colour)
 
-test: test-unit test-host
+test: test-unit test-host test-cost
 	@echo "$(SUITES) on the kernels $(KERNELS): 20 minutes or so"
 	@$(MAKE) --no-print-directory -j2 --output-sync=target $(KERNELS:%=test-vm-%)
 
 test-unit: all
 	$(VENV)/pytest tests/unit
+
+# A minute or so.
+test-cost: bench-programs
+	$(VENV)/uffdguard lab --kernel 6.12 --count-instructions --memory 2G --timeout 1200 -- $(VENV)/pytest tests/cost
+
+# Writes docs/performance.*: ten minutes or so.
+bench: bench-programs
+	$(VENV)/python -m bench.run $(PARTS)
+
+bench-programs: all build/measure build/subjects.bpf.o
 
 # What boots VMs or installs from the network.
 test-host: all

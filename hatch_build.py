@@ -39,5 +39,4 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
 
 
 if __name__ == "__main__":
-    for target in map(Path, sys.argv[1:]):
-        compile_bpf(target.with_suffix(".c"), target)
+    compile_bpf(Path(sys.argv[1]), Path(sys.argv[2]))

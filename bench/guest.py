@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uffdguard import guard, state
-from uffdguard.kernel import features, layout, libbpf, native
+from uffdguard.kernel import features, libbpf, native
 from uffdguard.policy import Mode, Policy
 
 if TYPE_CHECKING:
@@ -93,6 +93,9 @@ SUBJECTS = {
     AGAIN: Subject(),
 }
 
+#: Those that CI measures.
+SHORT = {NONE: SUBJECTS[NONE], FLOOR: SUBJECTS[FLOOR], **MODES}
+
 #: The paths of measure.c that create a userfaultfd; only there a policy may cost.
 CREATIONS = (
     "userfaultfd",
@@ -111,13 +114,14 @@ FREE = (
     "eventfd",
     "open tmpfs file",
     "open /dev/null",
-    "io_uring_setup",
     "fork, exit",
     "fork, exec, exit",
     "thread create, join",
     "mmap, munmap",
 )
-PATHS = (*CREATIONS, OPEN_KVM, *FREE)
+#: Makes an inode by the same hook, which calls the program of a policy in vain.
+IO_URING = "io_uring_setup"
+PATHS = (*CREATIONS, OPEN_KVM, *FREE, IO_URING)
 
 
 @dataclass(frozen=True)
@@ -174,13 +178,7 @@ def part(function: Callable[[], Any]) -> Callable[[], Any]:
 @part
 def calls() -> dict[str, Any]:
     """Every path with every subject."""
-    return compare(SUBJECTS, PATHS, 5)
-
-
-@part
-def short() -> dict[str, Any]:
-    """What the check of the committed figures measures."""
-    return compare({NONE: SUBJECTS[NONE], FLOOR: SUBJECTS[FLOOR], **MODES}, PATHS, 2)
+    return compare(SUBJECTS, PATHS, 3)
 
 
 @part
@@ -192,7 +190,7 @@ def grants() -> dict[str, Any]:
         for number in (1, 10, 100, 1000, 10_000, 100_000):
             fill(range(there, number))
             there = number
-            found[number] = compare(
+            found[str(number)] = compare(
                 {"uffdguard kvm": Subject()}, ("userfaultfd after /dev/kvm", "userfaultfd", OPEN_KVM, "fork, exit"), 5
             )
     return found
@@ -216,7 +214,7 @@ def threads() -> dict[str, Any]:
     """A creation by a process of so many threads."""
     subjects = {NONE: SUBJECTS[NONE], FLOOR: SUBJECTS[FLOOR], "uffdguard kvm": MODES["uffdguard kvm"]}
     return {
-        number: compare(subjects, ("userfaultfd after /dev/kvm",), 3, "-t", str(number))
+        str(number): compare(subjects, ("userfaultfd after /dev/kvm",), 3, "-t", str(number))
         for number in (1, 2, 4, 8, 16, 32, 64)
     }
 
@@ -228,7 +226,7 @@ def refusals() -> dict[str, Any]:
     found = {}
     for rate in (0, 1, 10, 100, 1000):
         with background("-r", str(rate), "/dev/userfaultfd") if rate else nullcontext():
-            found[rate] = compare(subjects, ("userfaultfd after /dev/kvm",), 3, "-b", "400")
+            found[str(rate)] = compare(subjects, ("userfaultfd after /dev/kvm",), 3, "-b", "400")
     return found
 
 
@@ -242,43 +240,52 @@ def background(*options: str) -> Iterator[None]:
             process.kill()
 
 
-@part
 def cpus() -> dict[str, Any]:
     """A process a CPU creates userfaultfds, without counting instructions: the least of all rounds, in ns."""
     subjects = {NONE: SUBJECTS[NONE], FLOOR: SUBJECTS[FLOOR], "uffdguard kvm": MODES["uffdguard kvm"]}
-    return compare(subjects, ("userfaultfd after /dev/kvm",), 7, "-w", str(os.cpu_count()), "-b", "200")
+    return compare(subjects, ("userfaultfd after /dev/kvm",), 9, "-w", str(os.cpu_count()), "-b", "200")
 
 
-def spent(*command: str | Path, status: int = 0) -> int:
+PARTS |= {f"cpus_{number}": cpus for number in (1, 2, 4)}
+
+
+def other_lsm() -> dict[str, Any]:
+    """Every path without a policy, on a kernel that was booted with other security modules."""
+    return compare({NONE: SUBJECTS[NONE]}, PATHS, 3) | {"lsm": (features.SECURITYFS / "lsm").read_text()}
+
+
+PARTS |= dict.fromkeys(("without_apparmor", "selinux"), other_lsm)
+
+
+def spent(*command: str | Path) -> int:
     """Return the instructions that COMMAND takes, its children and the kernel's part included: the time of its CPU."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     _, ended, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(ended)
-    if process.returncode != status:
+    if process.returncode:
         raise RuntimeError(f"{command}: status {process.returncode}")
     return round((usage.ru_utime + usage.ru_stime) * 1e9)
 
 
 @part
 def commands() -> dict[str, Any]:
-    """Whole commands, the least of three runs, the first of which warms up; bpf(2) calls of start and stop."""
-
-    def least(*command: str | Path) -> int:
-        return min(spent(*command) for _ in range(3))
-
-    found = {"python3 -c pass": least(sys.executable, "-c", "pass")}
-    with policy(Mode.KVM):
-        for verb in ("--help", "mode", "status"):
-            found[verb] = least(COMMAND, verb)
-    changes: dict[str, list[int]] = {"start": [], "mode": [], "stop": []}
+    """Whole commands: the least of three runs, of which the first warms up, and the calls of bpf(2)."""
+    found: dict[str, dict[str, int]] = {}
+    orders: dict[str, tuple[str | Path, ...]] = {
+        "python3 -c pass": (sys.executable, "-c", "pass"),
+        **{
+            f"uffdguard {words}": (COMMAND, *words.split())
+            for words in ("--help", "start --mode kvm", "mode", "status", "mode disabled", "stop")
+        },
+    }
     with bpf_calls() as number:
         for _ in range(3):
-            for verb in (("start", "--mode", "kvm"), ("mode", "disabled"), ("stop",)):
+            for name, command in orders.items():
                 before = number()
-                changes[verb[0]].append(spent(COMMAND, *verb))
-                asked = number() - before
-                found[f"bpf(2) calls of {' '.join(verb)}"] = asked
-    return found | {f"{verb}, which changes something": min(spent_) for verb, spent_ in changes.items()}
+                taken = spent(*command)
+                least = min(taken, found[name]["instructions"] if name in found else taken)
+                found[name] = {"instructions": least, "bpf": number() - before}
+    return found
 
 
 @contextlib.contextmanager
@@ -297,12 +304,10 @@ def bpf_calls() -> Iterator[Callable[[], int]]:
 
 @part
 def memory() -> dict[str, Any]:
-    """What stays in memory, in bytes: the programs and maps, as the kernel accounts them, and the interface's server."""
+    """What stays in memory, in bytes: programs and maps, as the kernel accounts them, and the knob's server."""
     with policy(Mode.KVM):
-        fds = {}
         with state.pinned() as found:
-            fds = {name: fd for name, fd in found.fds.items() if name not in state.LINKS}
-            taken = {f"map {name}": memlock(fd) for name, fd in fds.items()}
+            taken = {f"map {name}": memlock(fd) for name, fd in found.fds.items() if name not in state.LINKS}
             for name, program in found.programs.items():
                 fd = libbpf.library().bpf_prog_get_fd_by_id(program.id)
                 taken[f"program {name}"] = memlock(fd)
@@ -311,7 +316,7 @@ def memory() -> dict[str, Any]:
             while not (pid := state.server()) or not native.is_covered():
                 time.sleep(0.1)
             native.FILE.read_text()
-            taken["knob"] = int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
+            taken["knob, resident"] = int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
             guard.stop()
             knob.terminate()
     return taken

@@ -234,7 +234,7 @@ static const struct path {
 	{ "mmap, munmap", map_unmap, 1, .user = USER },
 };
 
-static int batches = 40;
+static int batches = 20;
 
 static double now(void)
 {

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from uffdguard.errors import Failure
-from uffdguard.kernel import features, layout, libbpf, native
+from uffdguard.kernel import layout, libbpf, native
 from uffdguard.policy import Mode
 
 if TYPE_CHECKING:
@@ -158,6 +158,8 @@ def pinned() -> Iterator[Pinned]:
 
 def not_in_force() -> Failure:
     """Return what to say where no policy is in force: on a kernel that is too old, what start would say."""
+    from uffdguard.kernel import features
+
     kernel = features.kernel()
     if kernel.state == "missing":
         return Failure(f"the policy is not in force: {kernel.fact}", kernel.hint)

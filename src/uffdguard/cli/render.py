@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -19,6 +18,8 @@ COLOURS = {"ok": "green", "allowed": "green", "warning": "yellow", "missing": "r
 
 def as_json(facts: Any) -> None:
     """Print FACTS as one indented JSON document."""
+    import json
+
     json.dump(facts, sys.stdout, indent=2)
     sys.stdout.write("\n")
 

@@ -1,0 +1,67 @@
+"""What a policy costs, in instructions: nothing where it has no business, and no more than docs/performance.json says.
+
+In a VM that counts instructions only: ``make test-cost``.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bench import guest, report
+from uffdguard.policy import Mode
+
+MODES = [f"uffdguard {mode}" for mode in Mode]
+#: Where the scheduler or the allocator have a say, two runs of the same differ by some hundredths at most.
+LEEWAY = dict.fromkeys(("fork, exit", "fork, exec, exit", "thread create, join"), 0.04)
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    if "virtme" not in Path("/proc/cmdline").read_text():
+        pytest.exit("these tests change the machine they run on: run them in the lab, with `make test-cost`", 4)
+    guest.prepare()
+    return guest.compare(guest.SHORT, guest.PATHS, 2)
+
+
+def surplus(found: dict[str, Any], subject: str) -> dict[str, float]:
+    """Return by how much SUBJECT makes those paths dearer to which it must add nothing."""
+    added = {
+        path: found[path][subject]["least"] - (1 + LEEWAY.get(path, 0)) * found[path][guest.NONE]["least"]
+        for path in guest.FREE
+        if path in found
+    }
+    return {path: value for path, value in added.items() if value > 2}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_policy_adds_nothing_to_what_creates_no_userfaultfd(found: dict[str, Any], mode: str) -> None:
+    assert surplus(found, mode) == {}
+
+
+def test_no_figure_has_grown_by_more_than_5_percent(found: dict[str, Any]) -> None:
+    kept = json.loads(report.FIGURES.read_text())["calls"]
+    grown = {
+        (path, subject): (kept[path][subject]["least"], figure["least"])
+        for path, row in found.items()
+        for subject, figure in row.items()
+        if figure["least"] > 1.05 * kept[path][subject]["least"]
+    }
+    assert grown == {}
+
+
+def test_a_refusal_costs_less_than_the_call_without_a_policy(found: dict[str, Any]) -> None:
+    refusals = [(row[mode], row[guest.NONE]) for row in found.values() for mode in MODES if row[mode]["refused"]]
+    assert len(refusals) == 8
+    assert all(refusal["least"] < call["least"] for refusal, call in refusals)
+
+
+def test_the_check_sees_one_more_hook() -> None:
+    subjects = {guest.NONE: guest.Subject(), "intruder": guest.Subject(lambda: guest.attached("intruder"))}
+    assert set(surplus(guest.compare(subjects, ("open tmpfs file", "open /dev/null", "getppid"), 1), "intruder")) == {
+        "open tmpfs file",
+        "open /dev/null",
+    }
