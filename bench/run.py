@@ -23,8 +23,8 @@ BOOTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("versions", "calls"), (COUNT,)),
     (("grants", "threads", "refusals"), (COUNT,)),
     (("commands", "memory"), (COUNT,)),
-    (("without_apparmor",), (COUNT, "--append", "apparmor=0")),
-    (("selinux",), (COUNT, "--append", "security=selinux", "--append", "selinux=1")),
+    (("without_apparmor",), (COUNT, "--append", "apparmor=0", "--append", "selinux=0")),
+    (("selinux",), (COUNT, "--append", "apparmor=0")),
     *(((f"cpus_{cpus}",), ("--cpus", str(cpus))) for cpus in (1, 2, 4)),
 )
 
