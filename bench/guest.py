@@ -254,7 +254,7 @@ def other_lsm() -> dict[str, Any]:
     return compare({NONE: SUBJECTS[NONE]}, PATHS, 3) | {"lsm": (features.SECURITYFS / "lsm").read_text()}
 
 
-PARTS |= dict.fromkeys(("without_apparmor", "selinux"), other_lsm)
+PARTS |= dict.fromkeys(("bare", "selinux"), other_lsm)
 
 
 def spent(*command: str | Path) -> int:

@@ -42,7 +42,7 @@ def added(found: dict[str, Any], path: str, subject: str, to: str = NONE) -> flo
 
 def calls(found: dict[str, Any]) -> str:
     """Return the table of every path with every subject."""
-    others = {"AppArmor off": "without_apparmor", "SELinux, no policy": "selinux"}
+    others = {"no AppArmor": "bare", "SELinux, no policy": "selinux"}
     subjects = [name for name in SUBJECTS if name != NONE]
     rows = [["", NONE, *subjects, *others]]
     for path in PATHS:

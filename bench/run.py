@@ -23,7 +23,7 @@ BOOTS: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
     (("versions", "calls"), (COUNT,)),
     (("grants", "threads", "refusals"), (COUNT,)),
     (("commands", "memory"), (COUNT,)),
-    (("without_apparmor",), (COUNT, "--append", "apparmor=0", "--append", "selinux=0")),
+    (("bare",), (COUNT, "--append", "lsm=landlock,lockdown,yama,bpf")),
     (("selinux",), (COUNT, "--append", "apparmor=0")),
     *(((f"cpus_{cpus}",), ("--cpus", str(cpus))) for cpus in (1, 2, 4)),
 )
