@@ -388,9 +388,11 @@ static void measure_at_once(const struct path *path, int workers)
 	for (int i = 0; i < workers; i++) {
 		if (fork())
 			continue;
+		if (path->after) /* for this address space, too */
+			path->after();
 		for (int j = 0; j < batches; j++)
 			batch(path->body, path->batch);
-		_exit(0);
+		_exit(refused);
 	}
 	while (wait(&status) > 0)
 		if (status)
