@@ -108,12 +108,8 @@ test-host: all
 
 test-vm: test-vm-$(KERNEL)
 
-# These failed once each on a busy machine, for a reason that is not known yet; with DESELECT= they are run.
-CELL = tests/clients/test_programs.py::test_a_program_gets_what_the_table_says
-DESELECT = $(foreach program,snapshot device container,--deselect '$(CELL)[$(program)')
-
 test-vm-%: all build/newer build/selftests
-	$(LAB) $* -- $(VENV)/pytest $(DESELECT) $(or $(TESTS),$(SUITES))
+	$(LAB) $* -- $(VENV)/pytest $(or $(TESTS),$(SUITES))
 
 # On every kernel line of the lab, those that are refused too: an hour or more. Without TESTS it writes docs/kernels.md.
 test-matrix: all build/newer build/selftests

@@ -129,12 +129,18 @@ class Qemu:
             raise Refused(f"{error}: {self.said()}") from error
 
     def until_booted(self) -> None:
-        """Wait until the guest writes."""
-        end = time.monotonic() + SECONDS
-        while 0 in self.counters():
-            if time.monotonic() > end:
-                raise RuntimeError(f"the guest does not boot; {self.said()}")
-            time.sleep(0.1)
+        """Wait until the guest writes; press its reset button where its firmware hangs.
+
+        On KVM on QEMU's emulated SVM about one boot in a hundred does, without a policy too.
+        """
+        for _ in range(4):
+            end = time.monotonic() + SECONDS / 4
+            while time.monotonic() < end:
+                if 0 not in self.counters():
+                    return
+                time.sleep(0.1)
+            self.do("system_reset")
+        raise RuntimeError(f"the guest does not boot; {self.said()}")
 
     def said(self) -> str:
         """Return what QEMU has written to standard error."""

@@ -169,7 +169,8 @@ static __always_inline int asks_user_mode_only(struct task_struct *task)
 	}
 	if ((nr & ~X32_SYSCALL_BIT) == 323)
 		return regs->di & UFFD_USER_MODE_ONLY;
-	return (nr == 16 || nr == (X32_SYSCALL_BIT | 514)) && (__u32)regs->si == USERFAULTFD_IOC_NEW && (regs->dx & UFFD_USER_MODE_ONLY);
+	return (nr == 16 || nr == (X32_SYSCALL_BIT | 514)) && (__u32)regs->si == USERFAULTFD_IOC_NEW &&
+	       (regs->dx & UFFD_USER_MODE_ONLY);
 }
 
 static __always_inline int is_privileged(const struct cred *cred)
