@@ -286,6 +286,20 @@ def test_a_kernel_bug_is_shown_without_what_would_change_the_terminal(
     assert not vm.report(tmp_path, over=False, status=1)
 
 
+def test_a_vm_that_ended_early_is_told_of_by_its_first_trouble_and_its_last_lines(
+    tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    (tmp_path / "log").write_text("boot\n" * 99 + "Kernel panic\n" + "stack\n" * 99 + "the end\n")
+    assert vm.report(tmp_path, over=False, status=None)
+    told = capfdbinary.readouterr().err
+    assert told.startswith(b"Kernel panic\nstack\n")
+    assert told.endswith(b"stack\nthe end\n")
+    assert told.count(b"\n") == 2 * vm.TAIL
+    (tmp_path / "log").write_text("fine\n" * 99)
+    assert vm.report(tmp_path, over=True, status=None)
+    assert capfdbinary.readouterr().err == b"fine\n" * vm.TAIL
+
+
 def test_a_tool_that_fails_is_told_in_its_own_words() -> None:
     assert output(["echo", "fine"]) == "fine\n"
     with pytest.raises(Failure, match="sh failed: the first"):

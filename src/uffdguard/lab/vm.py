@@ -130,14 +130,16 @@ def report(shared: Path, over: bool, status: int | None) -> bool:
     """Show what the kernel log says when it is of interest; return whether it is."""
     messages = (shared / "log").read_bytes()
     lines = messages.replace(b"\r", b"").replace(b"\x1b", b"^[").splitlines(keepends=True)
-    trouble = [number for number, line in enumerate(lines) if TROUBLE.search(line)]
+    trouble = next((number for number, line in enumerate(lines) if TROUBLE.search(line)), len(lines))
+    told = lines[trouble : trouble + TAIL]
     if over or status is None:
-        lines = lines[-TAIL:]
-    elif trouble:
-        lines = [*lines[trouble[0] :][:TAIL], f"uffdguard: lab: kernel log: {shared}/log\n".encode()]
+        # The last lines as well: before a panic there may be other trouble, and after its first line much more.
+        told += lines[max(trouble + TAIL, len(lines) - TAIL) :] if told else lines[-TAIL:]
+    elif told:
+        told.append(f"uffdguard: lab: kernel log: {shared}/log\n".encode())
     else:
         return False
-    sys.stderr.buffer.writelines(lines)
+    sys.stderr.buffer.writelines(told)
     sys.stderr.flush()
     return True
 
