@@ -70,8 +70,11 @@ def nothing_in_force(lab: None) -> Iterator[None]:
 def in_force() -> Callable[..., None]:
     """Return a function that puts a policy in force, or changes the one that is."""
 
-    def put(mode: Mode | str, *, user_mode_only: bool = False) -> None:
-        guard.start(Policy(user_mode_only=user_mode_only), Mode(mode))
+    def put(
+        mode: Mode | str, *, user_mode_only: bool = False, audit: bool = False, events_per_second: int = 20
+    ) -> None:
+        policy = Policy(user_mode_only=user_mode_only, audit=audit)
+        guard.start(policy, Mode(mode), events_per_second=events_per_second)
 
     return put
 
@@ -121,6 +124,12 @@ def waiting_actor(*steps: str, user: int = USER) -> Iterator[Callable[[], list[s
 
         yield go_on
         process.kill()
+
+
+def kernel_memory() -> int:
+    """Return what the kernel uses for itself and cannot reclaim, in KiB."""
+    sizes = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    return sum(int(sizes[name].split()[0]) for name in ("SUnreclaim", "Percpu", "VmallocUsed"))
 
 
 @contextlib.contextmanager

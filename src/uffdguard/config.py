@@ -11,7 +11,7 @@ import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -22,6 +22,9 @@ DEFAULT = Path("/usr/lib/uffdguard.toml")
 ADMINISTRATOR = Path("/etc/uffdguard.toml")
 DROP_INS = Path("/etc/uffdguard.d")
 
+#: A second, of one user. That of all users together is in guard.bpf.c.
+MOST_EVENTS = 500
+
 
 class File(msgspec.Struct, rename="kebab", forbid_unknown_fields=True):
     """What one file may say; what it leaves out it leaves as it is."""
@@ -29,6 +32,8 @@ class File(msgspec.Struct, rename="kebab", forbid_unknown_fields=True):
     mode: Mode | msgspec.UnsetType = msgspec.UNSET
     user_mode_only: Literal["deny", "allow"] | msgspec.UnsetType = msgspec.UNSET
     numeric: Literal["refuse", "accept"] | msgspec.UnsetType = msgspec.UNSET
+    enforce: bool | msgspec.UnsetType = msgspec.UNSET
+    events_per_second: Annotated[int, msgspec.Meta(ge=0, le=MOST_EVENTS)] | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class Configuration:
     policy: Policy
     #: Whether the interface file takes mainline's ``0`` and ``1``, too.
     numeric: bool
+    #: How many events a second one user may cause.
+    events_per_second: int
 
 
 def files() -> list[Path]:
@@ -50,13 +57,13 @@ def load() -> Configuration:
 
     :raises Failure: a file cannot be read or says what it may not; names the file, the line and the key.
     """
-    mode, user_mode_only, numeric = Policy().mode, "deny", "refuse"
+    said: dict[str, Any] = {}
     for path in files():
-        said = read(path)
-        mode = mode if said.mode is msgspec.UNSET else said.mode
-        user_mode_only = user_mode_only if said.user_mode_only is msgspec.UNSET else said.user_mode_only
-        numeric = numeric if said.numeric is msgspec.UNSET else said.numeric
-    return Configuration(Policy(mode, user_mode_only == "allow"), numeric == "accept")
+        said |= {key: value for key, value in msgspec.structs.asdict(read(path)).items() if value is not msgspec.UNSET}
+    policy = Policy(
+        said.get("mode", Mode.DISABLED), said.get("user_mode_only") == "allow", audit=not said.get("enforce", True)
+    )
+    return Configuration(policy, said.get("numeric") == "accept", said.get("events_per_second", 20))
 
 
 def read(path: Path) -> File:
@@ -91,8 +98,13 @@ def _key_and_reason(message: str) -> tuple[str, str]:
         "mode": [*Mode],
         "user-mode-only": ["deny", "allow"],
         "numeric": ["refuse", "accept"],
+        "enforce": ["true", "false"],
+        "events-per-second": [],
     }
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", message, re.DOTALL):
         return unknown[1], f"no such key; there are {', '.join(words)}"
     key = message.rsplit("$.", 1)[-1].rstrip("`")
-    return key, f"must be one of {', '.join(words.get(key, []))}, in quotes"
+    if key == "events-per-second":
+        return key, f"must be a number from 0 to {MOST_EVENTS}"
+    quoted = "" if key == "enforce" else ", in quotes"
+    return key, f"must be one of {', '.join(words.get(key, []))}{quoted}"

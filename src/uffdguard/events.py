@@ -1,14 +1,28 @@
-"""Decisions as they happen: what the kernel side tells of each, and how it is said."""
+"""Decisions as they happen: read what the kernel side tells of each, and give it names."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import os
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
-from uffdguard.policy import Mode  # noqa: TC001 - at run time too: journal.to_event() has msgspec read the types
+from uffdguard import state
+from uffdguard.errors import one_line
+from uffdguard.inspect import NATIVE, unit, user_of
+from uffdguard.kernel import layout, libbpf
+from uffdguard.policy import Mode, Way  # noqa: TC001 - at run time too: journal.to_event() has msgspec read the types
 
-#: The ways to ask: userfaultfd(2), the same by a 32-bit program or of x32, and ioctl(2) on /dev/userfaultfd.
-Way = Literal["syscall", "compat", "x32", "device"]
+#: Seconds between two looks. Events have a limit and the kernel side keeps the newest 2048: none is missed.
+INTERVAL = 0.25
+#: Seconds for which the allowed ones are asked for anew at each look.
+LEASE = 2
+
+FLAGS = {0x1: "UFFD_USER_MODE_ONLY", os.O_NONBLOCK: "O_NONBLOCK", os.O_CLOEXEC: "O_CLOEXEC"}
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -52,3 +66,142 @@ class Event:
         """What happened, in one line."""
         what = self.verdict if self.enforced else "would be refused"
         return f"userfaultfd {what} ({self.reason}): {self.command}, pid {self.pid}, user {self.user}"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What is new since the last look."""
+
+    events: list[Event]
+    suppressed: int  # over a limit
+    lost: int  # overwritten before they were read
+
+
+class Stream:
+    """The events of the policy in force, each once.
+
+    Nothing is held between two looks: the policy may be stopped, started and replaced meanwhile.
+
+    :param last: the number of the newest event that is known already; None: of the newest there is.
+    :param everything: ask for the allowed ones too.
+    """
+
+    def __init__(self, last: int | None = 0, *, everything: bool = False) -> None:
+        self.last = last
+        self.everything = everything
+        self._suppressed: int | None = None
+
+    def read(self) -> Batch:
+        """Return what is new.
+
+        :raises Failure: no policy is in force.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                fds = {name: libbpf.get(state.PINS / name) for name in ("events", "watching", "counts")}
+                for fd in fds.values():
+                    stack.callback(os.close, fd)
+                if self.everything:
+                    until = time.clock_gettime_ns(time.CLOCK_BOOTTIME) + LEASE * 10**9
+                    libbpf.store(fds["watching"], layout.Watching, "all_until", until)
+                newest = libbpf.read(fds["watching"], layout.Watching).told
+                suppressed = libbpf.read_sum(fds["counts"], layout.Counts).suppressed
+            except OSError as error:
+                raise state.not_in_force() from error
+            if self.last is None:
+                self.last = newest
+            if newest < self.last:  # another policy, which counts anew
+                self.last = 0
+            size = libbpf.info(fds["events"], libbpf.MapInfo).max_entries
+            oldest = max(self.last + 1, newest - size + 1)
+            lost = oldest - self.last - 1
+            records = []
+            for number in range(oldest, newest + 1):
+                record = libbpf.read_locked(fds["events"], number % size, layout.Slot).event
+                if record.number < number:  # its number is taken, and it is about to be written
+                    break
+                if record.number == number:
+                    records.append(record)
+                else:
+                    lost += 1
+                self.last = number
+        before, self._suppressed = self._suppressed, suppressed
+        more = 0 if before is None else suppressed - before
+        return Batch([event_of(record) for record in records], more if more >= 0 else suppressed, lost)
+
+
+def event_of(record: layout.Event) -> Event:
+    """Give names to what the kernel side has told."""
+    native = record.reason == len(layout.REASONS)
+    reason = None if native else layout.REASONS[record.reason]
+    cgroup = one_line(cgroup_of(record.cgroup))
+    return Event(
+        time=local_time(record.time),
+        pid=record.pid,
+        tid=record.tid,
+        uid=record.uid,
+        gid=record.gid,
+        user=user_of(record.uid),
+        owner=record.owner,
+        initial_user_namespace=bool(record.initial),
+        command=one_line(record.command.decode(errors="backslashreplace")),
+        executable=one_line(executable_of(record)),
+        exe_device=f"{record.exe_device >> 20}:{record.exe_device & 0xFFFFF}",
+        exe_inode=record.exe_inode,
+        cgroup=cgroup,
+        unit=unit(cgroup),
+        way=layout.WAYS[record.way],
+        flags=tuple(flags_of(record.flags)),
+        mode=layout.MODES[record.mode],
+        verdict="allowed" if reason and reason.allowed else "refused",
+        reason=reason or NATIVE,
+        enforced=bool(record.enforced),
+        capability=bool(record.capability),
+        user_mode_only=bool(record.flags & 1),
+        granted=bool(record.granted),
+    )
+
+
+def local_time(since_boot: int) -> str:
+    """Return a kernel's time since boot, in ns, as local time, ISO 8601 with microseconds."""
+    from datetime import UTC, datetime, timedelta
+
+    ago = timedelta(microseconds=(time.clock_gettime_ns(time.CLOCK_BOOTTIME) - since_boot) / 1000)
+    return (datetime.now(UTC) - ago).astimezone().isoformat(timespec="microseconds")
+
+
+def flags_of(flags: int) -> list[str]:
+    """Return the names of the flags of userfaultfd(2), those that it does not know as one number."""
+    unknown = flags & ~sum(FLAGS)
+    return [name for bit, name in FLAGS.items() if flags & bit] + ([f"{unknown:#x}"] if unknown else [])
+
+
+def executable_of(record: layout.Event) -> str:
+    """Return the path of what the process ran, or "" when it has ended, or runs something else now."""
+    process = Path("/proc", str(record.pid))
+    try:
+        # proc(5): its start is the 22nd field, in ticks since boot; the second may have blanks and parentheses.
+        ticks = int((process / "stat").read_bytes().rpartition(b")")[2].split()[19])
+        path = (process / "exe").readlink()
+        same = (process / "exe").stat().st_ino == record.exe_inode
+    except (OSError, IndexError):
+        return ""
+    return str(path) if same and ticks * 10**9 // os.sysconf("SC_CLK_TCK") <= record.time else ""
+
+
+def cgroup_of(number: int) -> str:
+    """Return the path of the control group of version 2 with this id, or "" when it is gone."""
+    if number not in _cgroups():
+        _cgroups.cache_clear()
+    return _cgroups().setdefault(number, "")
+
+
+@functools.cache
+def _cgroups() -> dict[int, str]:
+    """Return the path of each control group by its id, which is its directory's inode number: fs/kernfs/mount.c."""
+    root = next(filter(Path.is_dir, (CGROUPS / "unified", CGROUPS)), CGROUPS)
+    found = {}
+    for path, _, _ in os.walk(root):
+        with contextlib.suppress(OSError):
+            found[Path(path).stat().st_ino] = path.removeprefix(str(root)) or "/"
+    return found

@@ -13,6 +13,7 @@ import os
 import select
 import signal
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from uffdguard.errors import Failure
@@ -20,13 +21,18 @@ from uffdguard.kernel import features, layout, libbpf, native
 from uffdguard.policy import Mode, Policy, Reason, decide
 from uffdguard.proof import Asker
 from uffdguard.state import (
+    COUNTERS,
     FOUND,
     LINKS,
     LOADED,
     PARTS,
     PINS,
+    USES,
     Pinned,
     foreign_pins,
+    is_counting,
+    knob_of,
+    link_of,
     not_in_force,
     pinned,
     read_policy,
@@ -55,6 +61,7 @@ STEPS = Steps(
         *(f"pin {part}" for part in PARTS),
         "set the native knob",
         "ask by system call",
+        "count native refusals",
         "record the object",
         "close the native knob",
         "uncover the native file",
@@ -103,13 +110,14 @@ def _lock(how: int) -> int:
         os.close(fd)
 
 
-def start(configured: Policy, mode: Mode | None = None) -> bool:
+def start(configured: Policy, mode: Mode | None = None, *, events_per_second: int = 20) -> bool:
     """Put the policy in force, or bring what is there to what is wanted.
 
     A mode that is set already stays as it is unless MODE is given; the options are the configuration's.
 
     :param configured: what the configuration files say.
     :param mode: the mode that was asked for on the command line.
+    :param events_per_second: how many events one user may cause.
     :returns: whether anything had to be done.
     :raises Failure: it could not be done; what was done is undone.
     """
@@ -121,7 +129,7 @@ def start(configured: Policy, mode: Mode | None = None) -> bool:
         if problem := foreign_pins():
             raise Failure(problem, "remove it and run start again")
         current = found.policy() if found.has("decide") or LOADED.exists() else None
-        wanted = Policy(mode or (current or configured).mode, configured.user_mode_only)
+        wanted = replace(configured, mode=mode or (current or configured).mode)
         native.check_mode(wanted.mode)
         if not server():
             native.uncover()  # what a server that has died left
@@ -131,13 +139,16 @@ def start(configured: Policy, mode: Mode | None = None) -> bool:
             write(FOUND, str(0 if found.has("decide") else native.read_knob()))
             undo.callback(FOUND.unlink)
         if found.complete and _same_object():
-            changed = current != wanted or native.read_knob() != wanted.mode.native_value or _is_armed(found)
+            knob = knob_of(wanted)
+            changed = current != wanted or native.read_knob() != knob or found.counts_native is not (knob == 0)
+            changed |= _is_armed(found)
             if changed:
                 _change(found.fds, wanted, held.enter_context(Asker()), undo)
+            _limit(found.fds, events_per_second)
             undo.pop_all()
             return changed
         older = [program.id for program in found.programs.values()]
-        _replace(found, wanted, held, undo)
+        _limit(_replace(found, wanted, held, undo), events_per_second)
         undo.pop_all()
     libbpf.await_end(older)
     return True
@@ -199,17 +210,23 @@ def _mount(undo: contextlib.ExitStack) -> None:
         ) from error
 
 
-def _replace(found: Pinned, wanted: Policy, held: contextlib.ExitStack, undo: contextlib.ExitStack) -> None:
+def _limit(fds: dict[str, int], events_per_second: int) -> None:
+    libbpf.store(fds["watching"], layout.Watching, "per_owner", events_per_second)
+
+
+def _replace(found: Pinned, wanted: Policy, held: contextlib.ExitStack, undo: contextlib.ExitStack) -> dict[str, int]:
     """Load, attach, try and pin the programs of our object; the older ones decide until the new ones have proved.
 
     The policy is kept where a program decides by it: older and newer are attached together for a while. The grants
     are kept when no hook that fills them was ever missing, so that running virtual machines keep theirs; otherwise
     they begin anew and empty: a repair grants nobody.
+
+    :returns: descriptors of all parts.
     """
     first = not found.has("decide") and not LOADED.exists()
     keep = {"policy"} if found.has("decide") else set()
     if not first and found.has("grant", "forget"):
-        keep |= {"grants", "counts"}
+        keep |= {"grants", "counts", "events", "watching"}
     try:
         obj = held.enter_context(libbpf.Object(features.OBJECT))
         layout.check(obj)
@@ -217,12 +234,16 @@ def _replace(found: Pinned, wanted: Policy, held: contextlib.ExitStack, undo: co
             # Another version may have another number of reasons to count.
             if obj.map_size(layout.map_name(name))[0] == libbpf.info(found.fds[name], libbpf.MapInfo).value_size:
                 obj.reuse(layout.map_name(name), found.fds[name])
+        if not libbpf.kernel_has_function("__ia32_sys_userfaultfd"):
+            # It is loaded all the same, so that there is one way only, and never attached.
+            obj.aim("native32", "__x64_sys_userfaultfd")
         step("load")
         obj.load()
     except OSError as error:
         log.debug("%s", "\n".join(libbpf.messages))
         raise Failure(f"cannot load the policy: {features.load_error(error)}", features.load_hint(error)) from error
-    fds = {name: obj.map_fd(layout.map_name(name)) for name in PARTS if name not in LINKS}
+    fds = {name: obj.map_fd(layout.map_name(name)) for name in PARTS if name not in USES}
+    fds |= {name: obj.program_fd(name) for name in COUNTERS}
     try:
         for name in LINKS:
             if name == "decide" and first:
@@ -236,6 +257,7 @@ def _replace(found: Pinned, wanted: Policy, held: contextlib.ExitStack, undo: co
     _change(fds, wanted, held.enter_context(Asker()), undo, pin_over=found)
     step("record the object")
     write(LOADED, _object_hash())
+    return fds
 
 
 def _change(
@@ -260,22 +282,44 @@ def _change(
         libbpf.write(fds["policy"], layout.Word.of(wanted))
         undo.callback(libbpf.write, fds["policy"], before)
         step("ask")
-        asker.ask(fds["witness"], expected)
+        asker.ask(fds["witness"], expected, audit=wanted.audit)
         if pin_over:
             for part in PARTS:
                 step(f"pin {part}")
                 _pin(part, fds[part], pin_over.fds.get(part), undo)
-        value = native.read_knob()
-        if value != wanted.mode.native_value:
+        value, due = native.read_knob(), knob_of(wanted)
+        if value != due:
             step("set the native knob")
             # Whatever went wrong after this, an older policy of ours or none needs no more than it had.
             undo.callback(native.write_knob, value)
-            native.write_knob(wanted.mode.native_value)
-        if wanted.mode.native_value:
+            native.write_knob(due)
+        if due:
             step("ask by system call")
-            asker.ask(fds["witness"], expected, by_syscall=True)
+            asker.ask(fds["witness"], expected, by_syscall=True, audit=wanted.audit)
+        _count_native(fds, due == 0, undo)
     except OSError as error:
         raise Failure(f"cannot put the policy in force: {error}", "see uffdguard doctor") from error
+
+
+def _count_native(fds: dict[str, int], wanted: bool, undo: contextlib.ExitStack) -> None:
+    """Have the refusals of the native knob counted or not: each allowed system call pays for it."""
+    step("count native refusals")
+    programs = {name: libbpf.info(fds[name], libbpf.ProgramInfo) for name in COUNTERS}
+    for name, program in programs.items():
+        place = PINS / link_of(name)
+        if wanted:
+            if is_counting(name, program) or (
+                name != "native" and program.attach_btf_id == programs["native"].attach_btf_id
+            ):
+                continue
+            link = libbpf.attach_fexit(fds[name])
+            try:
+                undo.callback(place.unlink, missing_ok=True)
+                _pin_at(place, link)
+            finally:
+                os.close(link)
+        else:
+            place.unlink(missing_ok=True)
 
 
 def _pin(part: str, fd: int, older: int | None, undo: contextlib.ExitStack) -> None:
@@ -325,7 +369,7 @@ def switch(fds: dict[str, int], mode: Mode, asker: Asker) -> None:
     if current is None:
         raise Failure("the policy cannot be read", "run uffdguard start")
     with contextlib.ExitStack() as undo:
-        _change(fds, Policy(mode, current.user_mode_only), asker, undo)
+        _change(fds, replace(current, mode=mode), asker, undo)
         undo.pop_all()
 
 

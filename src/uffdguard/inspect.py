@@ -27,6 +27,8 @@ OBJECT = Path(libbpf.__file__).with_name("inspect.bpf.o")
 
 #: The reason of a verdict that the kernel's own knob gives.
 NATIVE = "native"
+#: The reason of a verdict where a refusal is not enforced.
+AUDIT = "audit"
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The answer to a request, and its reason: a policy.Reason, or ``native``."""
+    """The answer to a request, and its reason: a policy.Reason, ``native`` or ``audit``."""
 
     allowed: bool
     reason: str
@@ -50,11 +52,12 @@ class Verdict:
 def verdict(setting: Setting, request: Request) -> Verdict:
     """Return what the system call gives to who asks: the kernel's own knob comes first, and can only refuse."""
     reason = decide(setting.policy, request) if setting.policy else None
-    if reason and not reason.allowed:
+    audited = setting.policy is not None and setting.policy.audit and reason is not None and not reason.allowed
+    if reason and not reason.allowed and not audited:
         return Verdict(False, reason)
     if setting.knob == 0 and not (request.capability or request.user_mode_only):
         return Verdict(False, NATIVE)
-    return Verdict(True, reason or NATIVE)
+    return Verdict(True, AUDIT if audited else reason or NATIVE)
 
 
 def setting_of(found: state.Pinned) -> Setting:
@@ -158,7 +161,7 @@ def _holder(setting: Setting, threads: list[layout.Thread], userfaultfds: int, k
     return Holder(
         pid=first.tgid,
         uid=first.uid,
-        user=_user(first.uid),
+        user=user_of(first.uid),
         command=command_of(first),
         unit=one_line(unit(cgroup)),
         cgroup=one_line(cgroup),
@@ -170,7 +173,8 @@ def _holder(setting: Setting, threads: list[layout.Thread], userfaultfds: int, k
 
 
 @functools.cache
-def _user(uid: int) -> str:
+def user_of(uid: int) -> str:
+    """Return the name of a user, or the uid where it has none."""
     import pwd
 
     try:
@@ -347,8 +351,14 @@ def why(setting: Setting, subject: Subject, found: Verdict) -> str:
                 "was not seen to open /dev/kvm since its last exec" if subject.running else "is yet to open /dev/kvm"
             )
             return f"mode is kvm, and {who} {opened}; it {subject.capability}"
+        case "audit" if setting.policy:
+            enforced = replace(setting, policy=replace(setting.policy, audit=False))
+            refusal = verdict(enforced, subject.request)
+            return f"in audit a refusal is let pass; this one ({refusal.reason}): {why(enforced, subject, refusal)}"
         case "disabled":
             return f"mode is disabled, and {who} {subject.capability}"
+    if setting.policy and setting.policy.audit:
+        return f"in audit vm.unprivileged_userfaultfd stays as it was found, which is 0, and {who} {subject.capability}"
     if setting.policy:
         return f"vm.unprivileged_userfaultfd is 0, which does not fit mode {setting.policy.mode}"
     return f"no policy is in force, vm.unprivileged_userfaultfd is {setting.knob}, and {who} {subject.capability}"

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import msgspec
 
+from uffdguard import events
+from uffdguard.errors import Failure
 from uffdguard.events import Event
+from uffdguard.kernel import native
+from uffdguard.steps import write
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+#: The number of the newest event that is in the journal.
+WRITTEN = native.RUN / "log"
 
 #: What tells our entries from all others: one for an event, one for events of which only the number is known.
 EVENT_ID = "6d0f1ab5c49b4d3b8f0d6a2b2f7c1e90"
@@ -38,6 +47,35 @@ def of_missing(suppressed: int, lost: int) -> dict[str, str]:
         f"{PREFIX}SUPPRESSED": str(suppressed),
         f"{PREFIX}LOST": str(lost),
     }
+
+
+def follow(*, everything: bool) -> NoReturn:
+    """Write events to the journal, each once, for as long as a policy is in force.
+
+    :param everything: the allowed ones, too.
+    :raises Failure: no policy is in force, or there is no journal.
+    """
+    from logging_journald import JournaldTransport
+
+    native.need_root("sees the decisions")
+    stream = events.Stream(everything=everything)
+    with contextlib.suppress(OSError, ValueError):
+        stream.last = int(WRITTEN.read_bytes())
+    batch = stream.read()
+    try:
+        journal = JournaldTransport()
+        while True:
+            for event in batch.events:
+                if everything or event.verdict == "refused":
+                    journal.send(of_event(event).items())
+            if batch.suppressed or batch.lost:
+                journal.send(of_missing(batch.suppressed, batch.lost).items())
+            if batch.events:
+                write(WRITTEN, f"{stream.last}\n")
+            time.sleep(events.INTERVAL)
+            batch = stream.read()
+    except OSError as error:
+        raise Failure(f"the journal does not take entries: {error}", "is systemd-journald running?") from error
 
 
 def to_event(entry: Mapping[str, Any]) -> Event:

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal
+
+#: The ways to ask: userfaultfd(2), the same by a 32-bit program or of x32, and ioctl(2) on /dev/userfaultfd.
+Way = Literal["syscall", "compat", "x32", "device"]
 
 
 class Mode(StrEnum):
@@ -46,6 +50,8 @@ class Policy:
     mode: Mode = Mode.DISABLED
     #: Whether UFFD_USER_MODE_ONLY suffices in every mode (``user-mode-only = "allow"``).
     user_mode_only: bool = False
+    #: Whether refusals are counted and told, and let pass (``enforce = false``); the decision is the same.
+    audit: bool = False
 
 
 @dataclass(frozen=True)

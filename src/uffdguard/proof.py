@@ -86,12 +86,15 @@ class Asker:
             raise Silence("the process that tries the policy does not answer", "try again")
         return answer[0]
 
-    def ask(self, witness: int, expected: Reason, *, strict: bool = False, by_syscall: bool = False) -> None:
+    def ask(
+        self, witness: int, expected: Reason, *, strict: bool = False, by_syscall: bool = False, audit: bool = False
+    ) -> None:
         """Ask once, and see that the kernel side decided just this, and that the answer followed.
 
         :param witness: the descriptor of the loaded programs' ``witness`` map.
         :param strict: be decided about as if the mode were ``disabled``, and refused with EACCES: only the programs
             of this ``witness`` refuse so, while an older load that is attached as well can but give EPERM.
+        :param audit: see a refusal let pass.
         :raises Failure: the policy does not answer as it must.
         """
         libbpf.write(witness, layout.Witness(tgid=self.pid, strict=strict))
@@ -106,7 +109,7 @@ class Asker:
             )
         reason = layout.REASONS[seen.reason]
         refusal = errno.EACCES if strict else errno.EPERM
-        if reason is not expected or answer != (0 if expected.allowed else refusal):
+        if reason is not expected or answer != (0 if expected.allowed or audit else refusal):
             raise Failure(
                 f"the policy answers wrongly: a trial process got {os.strerror(answer) if answer else 'a userfaultfd'}"
                 f" ({reason}) where {expected} was due",

@@ -37,21 +37,45 @@ SERVER = native.RUN / "knob"
 LINKS = {
     "grant": {"grants", "counts"},
     "forget": {"grants", "counts"},
-    "decide": {"grants", "counts", "policy", "witness"},
+    "decide": {"grants", "counts", "policy", "witness", "events", "watching"},
 }
+#: Pinned themselves, to be attached while the native knob is 0: then their links are pinned too, see :func:`link_of`.
+COUNTERS = {name: {"grants", "counts", "policy", "witness", "events", "watching"} for name in ("native", "native32")}
+USES = LINKS | COUNTERS
 #: The order of pinning: ``decide`` last, so that who finds it finds all the others too.
-PARTS = ("grants", "counts", "policy", "witness", *LINKS)
+PARTS = ("grants", "counts", "policy", "witness", "events", "watching", *COUNTERS, *LINKS)
+
+
+def link_of(counter: str) -> str:
+    """Return the name under which the link of a counter of native refusals is pinned."""
+    return f"{counter}-link"
+
+
+def is_counting(counter: str, program: libbpf.ProgramInfo) -> bool:
+    """Tell whether a counter of native refusals is attached: by a pinned link of this PROGRAM."""
+    try:
+        link = libbpf.get(PINS / link_of(counter))
+    except OSError:
+        return False
+    try:
+        return bool(libbpf.program_of_link(link).id == program.id)
+    except OSError:  # no link
+        return False
+    finally:
+        os.close(link)
 
 
 @dataclass
 class Pinned:
     """What is pinned: descriptors by name, and what is wrong with them."""
 
-    #: Of links, the pinned ones; of maps, those that the pinned ``decide`` uses, else the pinned ones.
+    #: Of links and programs, the pinned ones; of maps, those that the pinned ``decide`` uses, else the pinned ones.
     fds: dict[str, int] = field(default_factory=dict)
     programs: dict[str, libbpf.ProgramInfo] = field(default_factory=dict)
     pins: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
+    #: Whether the refusals of the native knob are counted.
+    counts_native: bool = False
 
     def has(self, *links: str) -> bool:
         """Tell whether these links are pinned, and use the maps in ``fds``."""
@@ -60,7 +84,7 @@ class Pinned:
     @property
     def complete(self) -> bool:
         """Whether everything is there and belongs together."""
-        return self.has(*LINKS) and not self.problems
+        return self.has(*USES) and not self.problems
 
     def policy(self) -> Policy | None:
         """Return the policy that is set, or None when its map is not there or says nothing known."""
@@ -75,6 +99,15 @@ def read_policy(fd: int) -> Policy | None:
         return libbpf.read(fd, layout.Word).policy()
     except (OSError, IndexError):
         return None
+
+
+def knob_of(policy: Policy) -> int:
+    """Return what the native knob is to be under POLICY: as it was found, where nothing is enforced."""
+    if not policy.audit:
+        return policy.mode.native_value
+    with contextlib.suppress(OSError):
+        return int(FOUND.read_bytes().strip() == b"1")
+    return 0
 
 
 def server() -> int | None:
@@ -130,15 +163,16 @@ def pinned() -> Iterator[Pinned]:
                 continue
             stack.callback(os.close, fd)
             found.pins.add(part)
-            if part not in LINKS:
+            if part not in USES:
                 continue
             try:
-                program = libbpf.program_of_link(fd)
+                program = libbpf.program_of_link(fd) if part in LINKS else libbpf.info(fd, libbpf.ProgramInfo)
                 if program.name.decode() != part:
                     raise OSError(errno.EINVAL, "")
-                maps = libbpf.maps_of(program, {layout.map_name(name): name for name in LINKS[part]})
+                maps = libbpf.maps_of(program, {layout.map_name(name): name for name in USES[part]})
             except OSError as error:
-                found.problems.append(f"{part} is not a link of ours ({os.strerror(error.errno or 0)})")
+                kind = "link" if part in LINKS else "program"
+                found.problems.append(f"{part} is not a {kind} of ours ({os.strerror(error.errno or 0)})")
                 continue
             for fd in maps.values():
                 stack.callback(os.close, fd)
@@ -149,10 +183,11 @@ def pinned() -> Iterator[Pinned]:
                 found.problems.append(f"decide does not use the pinned {name}")
             found.fds[name] = fd
         for link, maps in used.items():
-            strange = [name for name in LINKS[link] if not libbpf.same_map(maps.get(name), found.fds.get(name))]
+            strange = [name for name in USES[link] if not libbpf.same_map(maps.get(name), found.fds.get(name))]
             if strange:
                 found.problems.append(f"{link} does not use the {' and '.join(sorted(strange))} of decide")
                 del found.programs[link]
+        found.counts_native = "native" in found.programs and is_counting("native", found.programs["native"])
         yield found
 
 
@@ -190,6 +225,7 @@ class Status:
     in_force: bool
     mode: Mode | None
     user_mode_only: bool | None
+    audit: bool | None  # refusals are counted and told, and let pass
     since: str | None  # local time, ISO 8601
     kernel: str
     native_knob: int | None  # None: it cannot be read
@@ -202,6 +238,9 @@ class Status:
     allowed: int
     refused: int
     decisions: dict[Reason, int]
+    native: int  # refused by the native knob, before the policy was asked
+    let_pass: int  # of the refused, those that audit let pass
+    suppressed: int  # events over a limit
     problems: list[str]
 
 
@@ -212,20 +251,23 @@ def status() -> Status:
         policy = found.policy() if found.has("decide") else None
         counts = witness = None
         with contextlib.suppress(OSError, KeyError):
-            counts = libbpf.read(found.fds["counts"], layout.Counts)
+            counts = libbpf.read_sum(found.fds["counts"], layout.Counts)
             witness = libbpf.read(found.fds["witness"], layout.Witness)
         # Without our procfs, and with the file in /proc covered, there is no way to it.
         knob = native.read_knob() if native.PROC.is_mount() or not native.is_covered() else None
         left = bool(found.pins) or bool(foreign_pins()) or FOUND.exists() or LOADED.exists()
         problems = list(found.problems) if left else []
-        drift = policy is not None and knob not in (policy.mode.native_value, None)
+        due = knob_of(policy) if policy else None
+        drift = policy is not None and knob not in (due, None)
         if policy and drift:
             problems.append(
-                f"the native knob is {knob} and not {policy.mode.native_value}: "
+                f"the native knob is {knob} and not {due}: "
                 + ("processes that the mode allows are refused" if knob == 0 else "the net below the policy is open")
             )
         if policy and policy.mode is Mode.KVM and (problem := native.wrong_kvm()):
             problems.append(f"{problem}: it grants nobody")
+        if policy and found.counts_native is not (due == 0):
+            problems.append("the refusals of the native knob are not counted" if due == 0 else "a counter is left over")
         if policy and not LOADED.exists():
             problems.append("the last start did not come to its end")
         if policy and (counts is None or witness is None):
@@ -245,6 +287,7 @@ def status() -> Status:
             in_force=policy is not None,
             mode=policy.mode if policy else None,
             user_mode_only=policy.user_mode_only if policy else None,
+            audit=policy.audit if policy else None,
             since=_local_time(found.programs["decide"].load_time) if policy else None,
             kernel=os.uname().release,
             native_knob=knob,
@@ -255,8 +298,11 @@ def status() -> Status:
             interface=interface,
             grants=counts.grants,
             allowed=sum(number for reason, number in decisions.items() if reason.allowed),
-            refused=sum(number for reason, number in decisions.items() if not reason.allowed),
+            refused=counts.native + sum(number for reason, number in decisions.items() if not reason.allowed),
             decisions=decisions,
+            native=counts.native,
+            let_pass=counts.let_pass,
+            suppressed=counts.suppressed,
             problems=problems,
         )
 

@@ -152,12 +152,15 @@ def configuration(data: bytes) -> None:
         if line := re.search(r"line (\d+)", str(failure)):
             assert 1 <= int(line[1]) <= parts[bad].count(b"\n") + 1, failure
         return
-    whole: dict[str, str] = {"mode": "disabled", "user-mode-only": "deny", "numeric": "refuse"}
+    whole: dict[str, Any] = {"mode": "disabled", "user-mode-only": "deny", "numeric": "refuse", "enforce": True}
+    whole["events-per-second"] = 20
     for said in says:
         assert isinstance(said, dict), "a file that is no configuration was taken"
         whole |= said
     assert found == config.Configuration(
-        Policy(Mode(whole["mode"]), whole["user-mode-only"] == "allow"), whole["numeric"] == "accept"
+        Policy(Mode(whole["mode"]), whole["user-mode-only"] == "allow", not whole["enforce"]),
+        whole["numeric"] == "accept",
+        whole["events-per-second"],
     ), (found, whole)
 
 
@@ -216,6 +219,7 @@ STATUS = state.Status(
     in_force=True,
     mode=Mode.KVM,
     user_mode_only=False,
+    audit=False,
     since=None,
     kernel="6.12",
     native_knob=1,
@@ -228,6 +232,9 @@ STATUS = state.Status(
     allowed=1,
     refused=1,
     decisions={},
+    native=0,
+    let_pass=0,
+    suppressed=0,
     problems=[],
 )
 WAYS = ("syscall", "syscall-user-mode-only", "device")

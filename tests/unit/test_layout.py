@@ -36,9 +36,9 @@ def test_the_compiled_object_has_the_layout_that_is_declared_here(guard_object: 
             "the size of witness",
         ),
         (
-            "VALUES",
+            "ENTRIES",
             {
-                **layout.VALUES,
+                **layout.ENTRIES,
                 "counts": type("Swapped", (ctypes.Structure,), {"_fields_": tuple(reversed(layout.Counts._fields_))}),
             },
             "struct counts",
@@ -56,10 +56,12 @@ def test_a_difference_is_told(
 
 @pytest.mark.parametrize("mode", list(Mode))
 @pytest.mark.parametrize("user_mode_only", [False, True])
-def test_a_policy_is_one_byte_that_reads_back_the_same(mode: Mode, user_mode_only: bool) -> None:
-    word = layout.Word.of(Policy(mode, user_mode_only))
+@pytest.mark.parametrize("audit", [False, True])
+def test_a_policy_is_one_byte_that_reads_back_the_same(mode: Mode, user_mode_only: bool, audit: bool) -> None:
+    policy = Policy(mode, user_mode_only, audit)
+    word = layout.Word.of(policy)
     assert ctypes.sizeof(word) == 1
-    assert layout.Word.from_buffer_copy(bytes(word)).policy() == Policy(mode, user_mode_only)
+    assert layout.Word.from_buffer_copy(bytes(word)).policy() == policy
 
 
 def test_zero_is_the_strictest_policy() -> None:

@@ -27,7 +27,7 @@ def described() -> dict[str, set[str]]:
     for heading in ("".join(pair) for pair in headings):
         words = heading.replace(".Cm ", "").split()
         verb = " ".join(words[: next((i for i, word in enumerate(words) if word in (".Op", "Op", "Ar")), len(words))])
-        found[verb] = set(re.findall(r"Fl -([\w-]+)", heading)) | set(re.findall(r"Ar ([A-Z]+)", heading))
+        found[verb] = set(re.findall(r"(?:Fl|\|) -([\w-]+)", heading)) | set(re.findall(r"Ar ([A-Z]+)", heading))
     return found
 
 
@@ -43,7 +43,8 @@ def words_of(name: str, command: click.Command) -> Iterator[tuple[str, set[str]]
     words: set[str] = set()
     for parameter in command.params:
         flag = isinstance(parameter, click.Option) and parameter.is_flag
-        words.update(option.removeprefix("--") for option in parameter.opts if option.startswith("--"))
+        options = (*parameter.opts, *parameter.secondary_opts)
+        words.update(option.removeprefix("--") for option in options if option.startswith("--"))
         if not flag:
             words.update(re.findall("[A-Z]+", parameter.make_metavar(click.Context(command))))
     if isinstance(command, click.Group):

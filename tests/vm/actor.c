@@ -321,6 +321,21 @@ static void await(pid_t pid)
 		fail("the rest went wrong");
 }
 
+/* Ask so many times, and print how many were refused. */
+static void flood(long number, int device)
+{
+	long fd, refused = 0;
+
+	while (number--) {
+		fd = device < 0 ? syscall64(SYS_userfaultfd, 0, 0, 0, 0) :
+				  syscall64(SYS_ioctl, device, USERFAULTFD_IOC_NEW, 0, 0);
+		if (fd >= 0)
+			close(fd);
+		refused += fd == -EPERM;
+	}
+	dprintf(1, "%ld\n", refused);
+}
+
 static int rest_of(void *steps)
 {
 	run(steps);
@@ -371,6 +386,10 @@ static void run(char **steps)
 			answer_and_close(syscall32(54, device(), USERFAULTFD_IOC_NEW, number, 0, 0));
 		else if (IS("device-int80-misleading"))
 			answer_and_close(syscall32(54, odd_device(), USERFAULTFD_IOC_NEW, number, 1, 1));
+		else if (IS("flood")) /* by the device: it is no knob that refuses */
+			flood(number, device());
+		else if (IS("flood-syscall"))
+			flood(number, -1);
 		else if (IS("hold")) /* a userfaultfd */
 			answer(opened = syscall64(SYS_userfaultfd, number, 0, 0, 0));
 		else if (IS("duplicate"))
@@ -408,6 +427,8 @@ static void run(char **steps)
 			become(number, 1);
 		else if (IS("drop-ptrace") && drop_capability(CAP_SYS_PTRACE))
 			fail(step);
+		else if (IS("name"))
+			prctl(PR_SET_NAME, word);
 		else if (IS("unshare-user") && unshare(CLONE_NEWUSER))
 			fail(step);
 		else if (IS("use-existing"))

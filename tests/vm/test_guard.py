@@ -65,7 +65,7 @@ def switch(mode: str) -> Callable[[], object]:
 
 
 FIRST_START = guard.STEPS[: guard.STEPS.index("record the object") + 1]
-CHANGE = ("ask strictly", "set the policy", "ask", "set the native knob", "ask by system call")
+CHANGE = ("ask strictly", "set the policy", "ask", "set the native knob", "ask by system call", "count native refusals")
 UPGRADE = tuple(s for s in FIRST_START if s not in ("mount procfs", "mount bpffs", "record the native knob", "seed"))
 STOP = guard.STEPS[guard.STEPS.index("close the native knob") :]
 
@@ -283,7 +283,7 @@ def test_the_programs_are_gone_when_stop_or_an_upgrade_is_done(tmp_path: Path, m
         monkeypatch.setattr(features, "OBJECT", first_build)
         start("kvm")()
         first = programs()
-        assert len(first) == 3
+        assert len(first) == 5
         assert all(map(loaded, first))
         monkeypatch.setattr(features, "OBJECT", again)
         start("kvm")()
@@ -499,9 +499,7 @@ class TestSabotage:
     def test_a_policy_that_counts_a_refusal_but_decides_otherwise(
         self, variant: Callable[..., None], native_value: int
     ) -> None:
-        variant(
-            "if (policy.bits.mode == MODE_KVM) {", "if (policy.bits.mode != MODE_DISABLED) {\n\t\treturn REASON_KVM;"
-        )
+        variant("return is_granted(task) ? REASON_KVM : REASON_NO_KVM;", "return REASON_KVM;")
         assert "answers wrongly" in self.fails(native_value)
 
     def test_a_null_check_that_the_verifier_takes_for_always_true(

@@ -386,7 +386,7 @@ class Model(RuleBasedStateMachine):
     def every_grant_is_of_a_live_address_space(self) -> None:
         if self.policy and not self.loaded:
             granted = {subject.process.mm for subject in self.subjects if subject.process.mm.granted}
-            assert libbpf.read(self.counts, layout.Counts).grants == len(granted)
+            assert libbpf.read_sum(self.counts, layout.Counts).grants == len(granted)
 
     # Helpers.
 
@@ -404,7 +404,7 @@ class Model(RuleBasedStateMachine):
         return devices[kind][0]
 
     def decisions(self) -> dict[Reason, int]:
-        return libbpf.read(self.counts, layout.Counts).by_reason() if self.policy else {}
+        return libbpf.read_sum(self.counts, layout.Counts).by_reason() if self.policy else {}
 
 
 def open_by(way: str, subject: Subject, path: str, flags: int) -> int:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from inside import ACTOR, USER, actor, load, preemptible
+from inside import ACTOR, USER, actor, kernel_memory, load, preemptible
 
 from uffdguard import state
 
@@ -44,12 +43,6 @@ def at_once(*steps: str) -> list[int]:
 def until_there(number: Callable[[], int]) -> int:
     """Return the first NUMBER that is not 0, of twenty."""
     return next(filter(None, (number() for _ in range(20))))
-
-
-def kernel_memory() -> int:
-    """Return what the kernel uses for itself and cannot reclaim, in KiB."""
-    sizes = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    return sum(int(sizes[name].split()[0]) for name in ("SUnreclaim", "Percpu", "VmallocUsed"))
 
 
 def test_an_address_space_opens_kvm_and_dies_and_the_next_one_is_refused(steps: int) -> None:

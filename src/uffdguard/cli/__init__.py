@@ -22,6 +22,8 @@ VERBS = (
     "status",
     "holders",
     "check",
+    "watch",
+    "log",
     "probe",
     "doctor",
     "knob",

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
 #: Colours of the words that say how something stands; only on a terminal (click strips them elsewhere).
-COLOURS = {"ok": "green", "allowed": "green", "warning": "yellow", "missing": "red", "refused": "red", "problem": "red"}
+COLOURS = dict.fromkeys(("ok", "allowed"), "green") | dict.fromkeys(("warning", "audit", "let pass"), "yellow")
+COLOURS |= dict.fromkeys(("missing", "refused", "problem"), "red")
 
 
 def as_json(facts: Any) -> None:
@@ -37,6 +38,25 @@ def columns(rows: Iterable[Sequence[str]], *, cut: int | None = None) -> None:
     for row in rows:
         cells = (_cell(text, width) for text, width in zip(row, widths, strict=True))
         click.echo("  ".join(cells).rstrip())
+
+
+def line(cells: Sequence[str], widths: Sequence[int], limit: int | None) -> str:
+    """Return one line of columns whose rows come one by one; a known word gets its colour.
+
+    :param widths: of the columns; a longer cell has its own width, unless there is a limit.
+    :param limit: how long the line may be: the terminal's width.
+    """
+    shown = []
+    left = limit
+    for text, width in zip(cells, widths, strict=True):
+        if left is None:
+            shown.append(_cell(text, max(width, len(text))))
+            continue
+        if left <= 0:
+            break
+        shown.append(_cell(text, min(width or left, left)))
+        left -= width + 2
+    return "  ".join(shown).rstrip()
 
 
 def _cell(text: str, width: int) -> str:

@@ -14,13 +14,27 @@ if TYPE_CHECKING:
 
 @click.command("start")
 @click.option("--mode", type=MODE, help="The mode to set, whatever the configuration files say.")
-def command(mode: Mode | None) -> None:
+@click.option(
+    "--audit/--enforce",
+    default=None,
+    help="Count and tell refusals, and let them pass; or carry them out. Whatever the configuration files say.",
+)
+def command(mode: Mode | None, audit: bool | None) -> None:
     """Put the policy in force.
 
     Loads and attaches the programs, sees them refuse, pins them, and lets the native knob follow. Where a
     policy is in force already, repairs what is amiss and keeps the mode that is set unless --mode is given.
-    """
-    from uffdguard import config, guard
 
-    if not guard.start(config.load().policy, mode):
+    In audit the native knob stays as it was found: what it refuses is refused.
+    """
+    from dataclasses import replace
+
+    from uffdguard import config, guard
+    from uffdguard.cli import render
+
+    configured = config.load()
+    policy = configured.policy if audit is None else replace(configured.policy, audit=audit)
+    if not guard.start(policy, mode, events_per_second=configured.events_per_second):
         click.echo("already in force; nothing to do")
+    if policy.audit:
+        click.echo(f"{render.coloured('audit')}: refusals are counted and told, and let pass")

@@ -39,6 +39,8 @@ def show(status: Status) -> None:
     from uffdguard.cli import render
 
     rows = [("policy", f"in force since {status.since}" if status.in_force else "not in force")]
+    if status.audit:
+        rows = [("policy", f"NOT ENFORCED (audit) since {status.since}: refusals are counted and told, and let pass")]
     if status.in_force:
         rows.append(("mode", str(status.mode)))
         rows.append(("user-mode-only", "allow" if status.user_mode_only else "deny"))
@@ -52,6 +54,10 @@ def show(status: Status) -> None:
         rows.append(("grants", f"{status.grants}, {status.lost} lost; hooks skipped {status.skipped} times"))
         for verdict, total, allowed in (("allowed", status.allowed, True), ("refused", status.refused, False)):
             parts = [f"{reason} {n}" for reason, n in status.decisions.items() if n and reason.allowed is allowed]
+            if not allowed and status.native:
+                parts.append(f"native {status.native}")
+            if not allowed and status.let_pass:
+                parts.append(f"of these let pass {status.let_pass}")
             rows.append((verdict, f"{total} ({', '.join(parts)})" if parts else str(total)))
     render.columns(rows)
     for problem in status.problems:

@@ -3,7 +3,8 @@
  * Who may create a userfaultfd, and who has opened /dev/kvm.
  *
  * decide() is the twin of decide() in policy.py: a row there is a row here. The other programs keep the set
- * of address spaces that have opened /dev/kvm, which is what mode `kvm` asks about.
+ * of address spaces that have opened /dev/kvm, which is what mode `kvm` asks about, and count what the kernel
+ * refuses before it asks. tell() is where a decision becomes an event.
  */
 #include <linux/types.h>
 #include <linux/bpf.h>
@@ -33,18 +34,48 @@ typedef struct {
 	__u64 ctx_id; /* arch/x86/include/asm/mmu.h: unique for ever, never 0 */
 } mm_context_t;
 
-struct mm_struct {
-	mm_context_t context;
+struct super_block {
+	__u32 s_dev;
 };
 
+struct inode {
+	unsigned short i_mode;
+	__u32 i_rdev;
+	struct super_block *i_sb;
+	unsigned long i_ino;
+};
+
+struct file {
+	unsigned int f_mode;
+	struct inode *f_inode;
+};
+
+struct mm_struct {
+	mm_context_t context;
+	struct file *exe_file;
+};
+
+typedef struct {
+	__u32 val;
+} kuid_t;
+
+typedef struct {
+	__u32 val;
+} kgid_t;
+
 struct user_namespace {
+	struct user_namespace *parent;
 	int level;
+	kuid_t owner;
 };
 
 typedef struct {
 } kernel_cap_t;
 
 struct cred {
+	kuid_t uid;
+	kuid_t euid;
+	kgid_t egid;
 	kernel_cap_t cap_effective;
 	struct user_namespace *user_ns;
 };
@@ -57,22 +88,13 @@ struct task_struct {
 	struct thread_info thread_info;
 	unsigned int flags;
 	struct mm_struct *mm;
+	int pid;
 	int tgid;
 	const struct cred *cred;
 };
 
 struct pt_regs {
 	unsigned long bx, cx, dx, si, di, orig_ax;
-};
-
-struct inode {
-	unsigned short i_mode;
-	__u32 i_rdev;
-};
-
-struct file {
-	unsigned int f_mode;
-	struct inode *f_inode;
 };
 
 struct qstr {
@@ -110,18 +132,28 @@ union policy {
 	struct policy_bits {
 		enum mode mode : 2;
 		__u8 user_mode_only : 1;
+		__u8 audit : 1; /* count and tell refusals, and let them pass */
 	} __attribute__((packed)) bits;
 };
 
 union policy policy SEC(".data.policy") = {};
 
+/* On each CPU; the sum is what counts. The changes are atomic, since a decision may be preempted by another. */
 struct counts {
 	__u64 decisions[NR_REASONS];
+	__u64 native; /* refused by the kernel's own knob, before any hook */
+	__u64 let_pass; /* refused in audit: not really */
+	__u64 suppressed; /* events over a limit */
 	__u64 grants; /* address spaces in the map */
 	__u64 lost; /* grants that could not be recorded */
 };
 
-struct counts counts SEC(".data.counts") = {};
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct counts);
+} counts SEC(".maps");
 
 /*
  * The one process whose decisions `uffdguard start` watches before it trusts this program. While `strict`, it
@@ -151,6 +183,80 @@ struct {
 	__type(value, __u8);
 } grants SEC(".maps");
 
+enum way {
+	WAY_SYSCALL,
+	WAY_COMPAT,
+	WAY_X32,
+	WAY_DEVICE,
+};
+
+/* A decision, for events.py. */
+struct event {
+	__u64 number; /* from 1 */
+	__u64 time; /* ns since boot */
+	__u64 cgroup;
+	__u64 exe_inode;
+	__u32 exe_device; /* the kernel's own dev_t */
+	int pid;
+	int tid;
+	__u32 uid; /* effective, as is gid */
+	__u32 gid;
+	__u32 owner;
+	__u32 flags;
+	enum way way : 8;
+	enum reason reason : 8; /* NR_REASONS: the kernel's own knob */
+	enum mode mode : 8;
+	__u8 enforced;
+	__u8 initial;
+	__u8 capability;
+	__u8 granted;
+	__u8 unused;
+	char command[16];
+};
+
+#define EVENTS 2048
+
+struct slot {
+	struct bpf_spin_lock lock;
+	struct event event;
+};
+
+/*
+ * The newest events, by their number. No ring buffer of BPF's: that has one reader, whose end leaves it full, and what
+ * was read is gone. Here there may be none or many, and who comes late sees what was.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, EVENTS);
+	__type(key, __u32);
+	__type(value, struct slot);
+} events SEC(".maps");
+
+struct watching {
+	__u64 told; /* the number of the newest event */
+	__u64 window; /* of all owners, see take() */
+	__u64 all_until; /* ns since boot; till then somebody wants to see the allowed ones */
+	__u32 per_owner; /* events a second */
+	__u32 total;
+};
+
+volatile struct watching watching SEC(".data.watching") = { .per_owner = 20, .total = 500 };
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1024);
+	__type(key, __u32);
+	__type(value, __u64);
+} owners SEC(".maps");
+
+/* Whether decide() has refused the call that this task is in. */
+struct {
+	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, __u8);
+} refused SEC(".maps");
+
 /* Where the kernel has the name, a constant of its own, once it has been compared: to read it costs 85 instructions. */
 const unsigned char *volatile compared SEC(".data.compared") = 0;
 
@@ -170,26 +276,35 @@ static __always_inline int is_userfaultfd(const struct qstr *name)
 	return 1;
 }
 
-static __always_inline void count(__u64 *counter, __s64 change)
-{
-	__sync_fetch_and_add(counter, change);
-}
+#define count(what, change) \
+	do { \
+		__u32 first = 0; \
+		struct counts *here = bpf_map_lookup_elem(&counts, &first); \
+\
+		if (here) \
+			__sync_fetch_and_add(&here->what, change); \
+	} while (0)
 
-/* Whether this call set UFFD_USER_MODE_ONLY, read where its own ABI has its flags; unsure means no. */
-static __always_inline int asks_user_mode_only(struct task_struct *task)
+/* What this call asks for, read where its own ABI has its flags; what cannot be told has none. */
+static __always_inline enum way way_of(struct task_struct *task, __u32 *flags)
 {
 	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(task);
 	__u32 nr = regs->orig_ax; /* the kernel, too, looks at the low half only */
 
 	if (task->thread_info.status & TS_COMPAT) {
-		if (nr == 374)
-			return regs->bx & UFFD_USER_MODE_ONLY;
-		return nr == 54 && (__u32)regs->cx == USERFAULTFD_IOC_NEW && (regs->dx & UFFD_USER_MODE_ONLY);
+		if (nr == 374) {
+			*flags = regs->bx;
+			return WAY_COMPAT;
+		}
+		*flags = nr == 54 && (__u32)regs->cx == USERFAULTFD_IOC_NEW ? regs->dx : 0;
+		return WAY_DEVICE;
 	}
-	if ((nr & ~X32_SYSCALL_BIT) == 323)
-		return regs->di & UFFD_USER_MODE_ONLY;
-	return (nr == 16 || nr == (X32_SYSCALL_BIT | 514)) && (__u32)regs->si == USERFAULTFD_IOC_NEW &&
-	       (regs->dx & UFFD_USER_MODE_ONLY);
+	if ((nr & ~X32_SYSCALL_BIT) == 323) {
+		*flags = regs->di;
+		return nr == 323 ? WAY_SYSCALL : WAY_X32;
+	}
+	*flags = (nr == 16 || nr == (X32_SYSCALL_BIT | 514)) && (__u32)regs->si == USERFAULTFD_IOC_NEW ? regs->dx : 0;
+	return WAY_DEVICE;
 }
 
 static __always_inline int is_privileged(const struct cred *cred)
@@ -205,20 +320,109 @@ static __always_inline int is_privileged(const struct cred *cred)
 	return (effective & (1U << CAP_SYS_PTRACE)) && cred->user_ns->level == 0;
 }
 
+static __always_inline int is_granted(struct task_struct *task)
+{
+	__u64 id = task->mm->context.ctx_id;
+
+	return bpf_map_lookup_elem(&grants, &id) != NULL;
+}
+
 static __always_inline enum reason reason_of(struct task_struct *task, union policy policy)
 {
+	__u32 flags;
+
 	if (is_privileged(task->cred))
 		return REASON_CAPABILITY;
 	if (policy.bits.mode == MODE_ENABLED)
 		return REASON_ENABLED;
-	if (policy.bits.user_mode_only && asks_user_mode_only(task))
-		return REASON_USER_MODE_ONLY;
-	if (policy.bits.mode == MODE_KVM) {
-		__u64 id = task->mm->context.ctx_id;
-
-		return bpf_map_lookup_elem(&grants, &id) ? REASON_KVM : REASON_NO_KVM;
+	if (policy.bits.user_mode_only) {
+		way_of(task, &flags);
+		if (flags & UFFD_USER_MODE_ONLY)
+			return REASON_USER_MODE_ONLY;
 	}
+	if (policy.bits.mode == MODE_KVM)
+		return is_granted(task) ? REASON_KVM : REASON_NO_KVM;
 	return REASON_DISABLED;
+}
+
+/* Takes one of LIMIT events of the second NOW; WINDOW has the second, and how many were asked for in it. */
+static __always_inline int take(volatile __u64 *window, __u64 now, __u32 limit)
+{
+	__u64 before = *window;
+
+	if (before >> 32 < now)
+		__sync_val_compare_and_swap(window, before, now << 32);
+	return (__u32)__sync_fetch_and_add(window, 1) < limit;
+}
+
+/* Whose limit an event counts against: subordinate uids, and user namespaces in others, have one between them. */
+static __always_inline __u32 owner_of(const struct cred *cred)
+{
+	struct user_namespace *ns = cred->user_ns;
+	int i;
+
+	if (ns->level == 0)
+		return cred->uid.val;
+	for (i = 0; i < 32 && ns->level > 1; i++) /* kernel/user_namespace.c: no deeper than 32 */
+		ns = ns->parent;
+	return ns->owner.val;
+}
+
+static __noinline int tell(enum reason reason, __u32 policy, int enforced)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	const struct cred *cred = task->cred;
+	__u64 now = bpf_ktime_get_boot_ns(), second = now / 1000000000, *window, fresh = 0;
+	union policy then = { .word = policy };
+	struct file *executable;
+	struct slot slot = {};
+	struct event *event = &slot.event;
+	__u32 flags, key = owner_of(cred);
+
+	event->owner = key;
+	window = bpf_map_lookup_elem(&owners, &key);
+	if (!window) {
+		bpf_map_update_elem(&owners, &key, &fresh, BPF_NOEXIST);
+		window = bpf_map_lookup_elem(&owners, &key);
+	}
+	if (!window || !take(window, second, watching.per_owner) || !take(&watching.window, second, watching.total)) {
+		count(suppressed, 1);
+		return 0;
+	}
+
+	event->time = now;
+	event->pid = task->tgid;
+	event->tid = task->pid;
+	event->uid = cred->euid.val;
+	event->gid = cred->egid.val;
+	event->cgroup = bpf_get_current_cgroup_id();
+	executable = task->mm->exe_file;
+	if (executable) {
+		event->exe_inode = executable->f_inode->i_ino;
+		event->exe_device = executable->f_inode->i_sb->s_dev;
+	}
+	event->way = way_of(task, &flags);
+	event->flags = flags;
+	event->reason = reason;
+	event->mode = then.bits.mode;
+	event->enforced = enforced;
+	event->initial = cred->user_ns->level == 0;
+	event->capability = is_privileged(cred);
+	event->granted = is_granted(task);
+	bpf_get_current_comm(event->command, sizeof(event->command));
+	event->number = __sync_fetch_and_add(&watching.told, 1) + 1;
+	key = event->number % EVENTS;
+	bpf_map_update_elem(&events, &key, &slot, BPF_F_LOCK);
+	return 0;
+}
+
+/* For see_native(), which is attached in mode `disabled`. */
+static __always_inline void leave_mark(struct task_struct *task)
+{
+	__u8 *mark = bpf_task_storage_get(&refused, task, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+
+	if (mark)
+		*mark = 1;
 }
 
 SEC("lsm/inode_init_security_anon")
@@ -229,6 +433,7 @@ int BPF_PROG(decide, struct inode *inode, const struct qstr *name, const struct 
 	union policy now = { .word = *(volatile __u8 *)&policy.word };
 	enum reason reason;
 	int is_witness, strict;
+	__u32 flags;
 
 	if (ret)
 		return ret;
@@ -257,11 +462,55 @@ int BPF_PROG(decide, struct inode *inode, const struct qstr *name, const struct 
 		witness.reason = reason;
 		witness.decisions++;
 	} else {
-		count(&counts.decisions[reason], 1);
+		count(decisions[reason], 1);
 	}
-	if (reason < REASON_DISABLED)
+	if (reason < REASON_DISABLED) {
+		if (watching.all_until && !is_witness && bpf_ktime_get_boot_ns() < watching.all_until)
+			tell(reason, now.word, 1);
+		return 0;
+	}
+	if (!is_witness) {
+		if (now.bits.audit)
+			count(let_pass, 1);
+		else if (now.bits.mode == MODE_DISABLED && way_of(task, &flags) != WAY_DEVICE)
+			leave_mark(task);
+		tell(reason, now.word, !now.bits.audit);
+	}
+	if (now.bits.audit)
 		return 0;
 	return strict ? -EACCES : -EPERM;
+}
+
+/*
+ * In mode `disabled` the kernel's own knob is 0, and then it refuses most calls before it comes to a hook. Attached
+ * only while the knob is 0: elsewhere an allowed call would pay for it.
+ */
+static __always_inline int see_native(long ret)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	__u8 *seen;
+
+	if (ret != -EPERM || task->tgid == witness.tgid)
+		return 0;
+	seen = bpf_task_storage_get(&refused, task, 0, 0);
+	if (seen && *seen) { /* by decide(), in this call */
+		*seen = 0;
+		return 0;
+	}
+	count(native, 1);
+	return tell(NR_REASONS, policy.word, 1);
+}
+
+SEC("fexit/__x64_sys_userfaultfd")
+int BPF_PROG(native, const struct pt_regs *regs, long ret)
+{
+	return see_native(ret);
+}
+
+SEC("fexit/__ia32_sys_userfaultfd")
+int BPF_PROG(native32, const struct pt_regs *regs, long ret)
+{
+	return see_native(ret);
 }
 
 /* Returns whether the entry is new. */
@@ -275,17 +524,17 @@ static __always_inline int record(__u64 id)
 	error = bpf_map_update_elem(&grants, &id, &value, BPF_NOEXIST);
 	if (error) {
 		if (error != -EEXIST) /* another thread has opened it too */
-			count(&counts.lost, 1);
+			count(lost, 1);
 		return 0;
 	}
-	count(&counts.grants, 1);
+	count(grants, 1);
 	return 1;
 }
 
 static __always_inline void erase(__u64 id)
 {
 	if (bpf_map_lookup_elem(&grants, &id) && !bpf_map_delete_elem(&grants, &id))
-		count(&counts.grants, -1);
+		count(grants, -1);
 }
 
 /* fexit, because only a successful open counts; misc_open, because it runs for misc devices alone. */

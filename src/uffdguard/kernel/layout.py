@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import ctypes
 from ctypes import c_char, c_int32, c_uint8, c_uint32, c_uint64
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from uffdguard.errors import Failure
-from uffdguard.policy import Mode, Policy, Reason
+from uffdguard.policy import Mode, Policy, Reason, Way
 
 if TYPE_CHECKING:
     from uffdguard.kernel.libbpf import Object
@@ -19,22 +19,29 @@ REASONS = tuple(Reason)
 class Word(ctypes.Structure):
     """``struct policy_bits``: the mode and the options in one byte."""
 
-    _fields_ = (("mode", c_uint8, 2), ("user_mode_only", c_uint8, 1))
+    _fields_ = (("mode", c_uint8, 2), ("user_mode_only", c_uint8, 1), ("audit", c_uint8, 1))
 
     @classmethod
     def of(cls, policy: Policy) -> Word:
         """Return POLICY as the kernel side keeps it."""
-        return cls(MODES.index(policy.mode), policy.user_mode_only)
+        return cls(MODES.index(policy.mode), policy.user_mode_only, policy.audit)
 
     def policy(self) -> Policy:
         """Return the policy that this word says."""
-        return Policy(MODES[self.mode], bool(self.user_mode_only))
+        return Policy(MODES[self.mode], bool(self.user_mode_only), bool(self.audit))
 
 
 class Counts(ctypes.Structure):
-    """``struct counts``: what has been decided since the first start, and the grants."""
+    """``struct counts``: what has been decided since the first start, and the grants; on one CPU or on all."""
 
-    _fields_ = (("decisions", c_uint64 * len(REASONS)), ("grants", c_uint64), ("lost", c_uint64))
+    _fields_ = (
+        ("decisions", c_uint64 * len(REASONS)),
+        ("native", c_uint64),
+        ("let_pass", c_uint64),
+        ("suppressed", c_uint64),
+        ("grants", c_uint64),
+        ("lost", c_uint64),
+    )
 
     def by_reason(self) -> dict[Reason, int]:
         """Return the number of decisions for each reason."""
@@ -45,6 +52,51 @@ class Witness(ctypes.Structure):
     """``struct witness``: the process whose decisions are watched, and what was decided about it."""
 
     _fields_ = (("tgid", c_int32), ("strict", c_uint32), ("decisions", c_uint32), ("reason", c_uint32))
+
+
+class Event(ctypes.Structure):
+    """``struct event``: a decision, for events.py."""
+
+    _fields_ = (
+        ("number", c_uint64),
+        ("time", c_uint64),  # ns since boot
+        ("cgroup", c_uint64),
+        ("exe_inode", c_uint64),
+        ("exe_device", c_uint32),  # the kernel's own dev_t: 12 bits, 20 bits
+        ("pid", c_int32),
+        ("tid", c_int32),
+        ("uid", c_uint32),
+        ("gid", c_uint32),
+        ("owner", c_uint32),
+        ("flags", c_uint32),
+        ("way", c_uint8),
+        ("reason", c_uint8),
+        ("mode", c_uint8),
+        ("enforced", c_uint8),
+        ("initial", c_uint8),
+        ("capability", c_uint8),
+        ("granted", c_uint8),
+        ("unused", c_uint8),
+        ("command", c_char * 16),
+    )
+
+
+class Slot(ctypes.Structure):
+    """``struct slot``: a value of the map ``events``."""
+
+    _fields_ = (("lock", c_uint32), ("event", Event))
+
+
+class Watching(ctypes.Structure):
+    """``struct watching``: the number of the newest event, and the limits."""
+
+    _fields_ = (
+        ("told", c_uint64),
+        ("window", c_uint64),
+        ("all_until", c_uint64),  # ns since boot
+        ("per_owner", c_uint32),
+        ("total", c_uint32),
+    )
 
 
 class Thread(ctypes.Structure):
@@ -69,8 +121,13 @@ class Descriptor(ctypes.Structure):
 
 
 #: The maps of global data, each of one value, and what that value is. In the object: ``.data.NAME``.
-VALUES: dict[str, type[ctypes.Structure]] = {"policy": Word, "counts": Counts, "witness": Witness}
+VALUES: dict[str, type[ctypes.Structure]] = {"policy": Word, "witness": Witness, "watching": Watching}
 
+#: The other maps, and what their values are.
+ENTRIES: dict[str, type[ctypes.Structure]] = {"counts": Counts, "events": Slot}
+
+#: The ways to ask, in the order of ``enum way``.
+WAYS: tuple[Way, ...] = get_args(Way)
 
 #: The same of inspect.bpf.c: what its iterators write.
 RECORDS: dict[str, type[ctypes.Structure]] = {"thread": Thread, "descriptor": Descriptor}
@@ -87,6 +144,10 @@ def _bits(field: Any) -> int:
     return offset
 
 
+def _members(kind: type[ctypes.Structure]) -> dict[str, int]:
+    return {field[0]: _bits(getattr(kind, field[0])) for field in kind._fields_}
+
+
 def check(obj: Object) -> None:
     """Compare the definitions here with those in guard.bpf.o.
 
@@ -96,9 +157,12 @@ def check(obj: Object) -> None:
         "enum mode": {f"MODE_{word.name}": number for number, word in enumerate(MODES)},
         "enum reason": {f"REASON_{word.name}": number for number, word in enumerate(REASONS)}
         | {"NR_REASONS": len(REASONS)},
+        "enum way": {f"WAY_{word.upper()}": number for number, word in enumerate(WAYS)},
+        "struct event": _members(Event),
     }
-    found: dict[str, object] = {f"enum {name}": obj.enumerators(name) for name in ("mode", "reason")}
-    _compare(obj, "guard.bpf.o", VALUES, expected, found)
+    found: dict[str, object] = {f"enum {name}": obj.enumerators(name) for name in ("mode", "reason", "way")}
+    found["struct event"] = obj.members("event")
+    _compare(obj, "guard.bpf.o", VALUES | ENTRIES, expected, found)
 
 
 def check_records(obj: Object) -> None:
@@ -117,10 +181,10 @@ def _compare(
     found: dict[str, object],
 ) -> None:
     for name, kind in values.items():
-        expected[f"the size of {name}"] = (ctypes.sizeof(kind), 1)
-        found[f"the size of {name}"] = obj.map_size(map_name(name))
-        struct = "policy_bits" if kind is Word else name
-        expected[f"struct {struct}"] = {field[0]: _bits(getattr(kind, field[0])) for field in kind._fields_}
+        expected[f"the size of {name}"] = ctypes.sizeof(kind)
+        found[f"the size of {name}"] = obj.map_size(map_name(name))[0]
+        struct = {Word: "policy_bits", Slot: "slot"}.get(kind, name)
+        expected[f"struct {struct}"] = _members(kind)
         found[f"struct {struct}"] = obj.members(struct)
     for what, value in expected.items():
         if found[what] != value:

@@ -9,7 +9,9 @@ import contextlib
 import ctypes
 import errno
 import functools
+import mmap
 import os
+import sys
 import time
 from ctypes import POINTER, byref, c_bool, c_char, c_char_p, c_int, c_size_t, c_uint32, c_uint64, c_void_p
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=ctypes.Structure)
 
 BPF_NOEXIST = 1
+BPF_F_LOCK = 4
+BPF_TRACE_FEXIT = 25
 BTF_KIND_STRUCT, BTF_KIND_UNION, BTF_KIND_ENUM, BTF_KIND_FUNC = 4, 5, 6, 12
 
 
@@ -47,6 +51,9 @@ class ProgramInfo(ctypes.Structure):
         ("run_time_ns", c_uint64),
         ("run_cnt", c_uint64),
         ("recursion_misses", c_uint64),
+        ("verified_insns", c_uint32),
+        ("attach_btf_obj_id", c_uint32),
+        ("attach_btf_id", c_uint32),
     )
 
 
@@ -120,7 +127,9 @@ def library() -> ctypes.CDLL:
     }
     ints: dict[str, list[Any]] = {
         "bpf_object__load": [c_void_p],
+        "bpf_program__fd": [c_void_p],
         "bpf_program__set_autoload": [c_void_p, c_bool],
+        "bpf_program__set_attach_target": [c_void_p, c_int, c_char_p],
         "bpf_map__fd": [c_void_p],
         "bpf_map__reuse_fd": [c_void_p, c_int],
         "bpf_map__value_size": [c_void_p],
@@ -133,7 +142,10 @@ def library() -> ctypes.CDLL:
         "bpf_prog_get_fd_by_id": [c_uint32],
         "bpf_map_get_fd_by_id": [c_uint32],
         "bpf_iter_create": [c_int],
+        "bpf_link_create": [c_int, c_int, c_int, c_void_p],
+        "libbpf_num_possible_cpus": [],
         "bpf_map_lookup_elem": [c_int, c_void_p, c_void_p],
+        "bpf_map_lookup_elem_flags": [c_int, c_void_p, c_void_p, c_uint64],
         "bpf_map_update_elem": [c_int, c_void_p, c_void_p, c_uint64],
         "btf__find_by_name_kind": [c_void_p, c_char_p, c_uint32],
     }
@@ -207,6 +219,14 @@ class Object:
     def attach(self, program: str) -> int:
         """Attach PROGRAM to the hook its section names; return the link's descriptor."""
         return self._detached(_call("bpf_program__attach", self._program(program)))
+
+    def program_fd(self, program: str) -> int:
+        """Return the descriptor of a loaded program, the object's own: valid until the object is closed."""
+        return _call("bpf_program__fd", self._program(program))
+
+    def aim(self, program: str, function: str) -> None:
+        """Let PROGRAM be of another function than its section names; before :meth:`load`."""
+        _call("bpf_program__set_attach_target", self._program(program), 0, function.encode())
 
     def run_iterator(self, program: str) -> bytes:
         """Run an iterator program once over everything it iterates; return what it wrote."""
@@ -330,6 +350,22 @@ def await_end(programs: Iterable[int]) -> None:
                 time.sleep(0.002)
 
 
+def attach_fexit(program: int) -> int:
+    """Attach a loaded program of section ``fexit/`` by its descriptor; return the link's.
+
+    Asks for no capability, as kernel/bpf/syscall.c does not: whoever has the descriptor may.
+    """
+    end = time.monotonic() + 5
+    while True:
+        try:
+            return _call("bpf_link_create", program, 0, BPF_TRACE_FEXIT, None)
+        except OSError as error:
+            # Its last link is not gone yet, see await_end().
+            if error.errno != errno.EBUSY or time.monotonic() > end:
+                raise
+        time.sleep(0.002)
+
+
 def maps_of(program: ProgramInfo, names: dict[str, str]) -> dict[str, int]:
     """Return descriptors of the maps that a program uses, under the NAMES that its object's names stand for.
 
@@ -368,6 +404,35 @@ def read(fd: int, kind: type[T]) -> T:
         raise OSError(errno.EINVAL, "a map of another layout")
     _call("bpf_map_lookup_elem", fd, byref(c_uint32(0)), byref(value))
     return value
+
+
+def read_sum(fd: int, kind: type[T]) -> T:
+    """Return the sum over all CPUs of the only value of a per-CPU array; every member is a ``c_uint64``.
+
+    :raises OSError: as :func:`read`.
+    """
+    size = ctypes.sizeof(kind)
+    if info(fd, MapInfo).value_size != size:
+        raise OSError(errno.EINVAL, "a map of another layout")
+    numbers = size // 8
+    values = (c_uint64 * (numbers * _call("libbpf_num_possible_cpus")))()
+    _call("bpf_map_lookup_elem", fd, byref(c_uint32(0)), byref(values))
+    sums = (c_uint64 * numbers)(*(sum(values[number::numbers]) & 0xFFFFFFFFFFFFFFFF for number in range(numbers)))
+    return kind.from_buffer_copy(sums)
+
+
+def read_locked(fd: int, index: int, kind: type[T]) -> T:
+    """Return a value of an array whose values begin with a ``bpf_spin_lock``, as it was at one time."""
+    value = kind()
+    _call("bpf_map_lookup_elem_flags", fd, byref(c_uint32(index)), byref(value), BPF_F_LOCK)
+    return value
+
+
+def store(fd: int, kind: type[ctypes.Structure], member: str, value: int) -> None:
+    """Write one member of the only value of a map of global data, in the kernel's own memory: no other is touched."""
+    field = getattr(kind, member)
+    with mmap.mmap(fd, mmap.PAGESIZE) as memory:
+        memory[field.offset : field.offset + field.size] = value.to_bytes(field.size, sys.byteorder)
 
 
 def write(fd: int, value: ctypes.Structure) -> None:

@@ -1,0 +1,134 @@
+"""``uffdguard watch``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from uffdguard.events import Event
+    from uffdguard.state import Status
+
+
+@click.command("watch")
+@click.option("--all", "everything", is_flag=True, help="Show the allowed ones, too.")
+@click.option("--since-boot", is_flag=True, help="Begin with the totals and the newest 2048 events.")
+@click.option("--json", "json", is_flag=True, help="Print one JSON object a line.")
+def command(everything: bool, since_boot: bool, json: bool) -> None:
+    """Show decisions as they happen.
+
+    A line for each userfaultfd that is refused, until it is interrupted. What repeats itself is folded, with a count.
+    Of one user no more events are told a second than the configuration says; the others are counted as suppressed.
+    """
+    import select
+    import sys
+
+    from uffdguard import events, state
+
+    status = state.status()
+    if not status.in_force:
+        raise state.not_in_force()
+    printer = Objects() if json else Lines()
+    if since_boot:
+        printer.totals(status)
+    stream = events.Stream(0 if since_boot else None, everything=everything)
+    reader_gone = select.poll()
+    reader_gone.register(sys.stdout, select.POLLERR)
+    while True:
+        batch = stream.read()
+        printer.events([event for event in batch.events if everything or event.verdict == "refused"])
+        if batch.suppressed or batch.lost:
+            printer.missing(batch.suppressed, batch.lost)
+        sys.stdout.flush()
+        if reader_gone.poll(events.INTERVAL * 1000):
+            raise BrokenPipeError
+
+
+class Objects:
+    """One JSON object a line: an event, or how many are missing."""
+
+    def totals(self, status: Status) -> None:
+        """Print what was decided since the first start."""
+        self._print({"decisions": status.decisions, "native": status.native, "suppressed": status.suppressed})
+
+    def events(self, events: list[Event]) -> None:
+        """Print each event."""
+        from dataclasses import asdict
+
+        for event in events:
+            self._print(asdict(event))
+
+    def missing(self, suppressed: int, lost: int) -> None:
+        """Print how many events cannot be shown."""
+        self._print({"suppressed": suppressed, "lost": lost})
+
+    @staticmethod
+    def _print(facts: object) -> None:
+        import json
+
+        click.echo(json.dumps(facts))
+
+
+class Lines:
+    """An aligned line an event; on a terminal one that repeats the last takes its place."""
+
+    HEAD = ("time", "times", "pid", "user", "command", "verdict", "reason", "by", "unit or container", "flags")
+    WIDTHS = (12, 5, 7, 10, 15, 8, 14, 7, 25, 0)
+
+    def __init__(self) -> None:
+        import shutil
+        import sys
+
+        self.width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        self.last: object = None
+        self.number = 0
+        self._print(self.HEAD)
+
+    def totals(self, status: Status) -> None:
+        """Print what was decided since the first start."""
+        numbers = (*status.decisions.items(), ("native", status.native))
+        decided = [f"{reason} {number}" for reason, number in numbers if number]
+        click.echo(
+            f"since {status.since}: allowed {status.allowed}, refused {status.refused}"
+            f" ({', '.join(decided) or 'nothing decided'}), {status.suppressed} events suppressed"
+        )
+
+    def events(self, events: list[Event]) -> None:
+        """Print the events, each that is like the one before with it: what differs is the time and the thread."""
+        from dataclasses import replace
+        from itertools import groupby
+
+        for like, group in groupby(events, lambda event: replace(event, time="", tid=0)):
+            *_, event = same = list(group)
+            again = like == self.last and self.width is not None
+            self.number = len(same) + (self.number if again else 0)
+            self.last = like
+            self._print(self._cells(event, self.number), again=again)
+
+    def missing(self, suppressed: int, lost: int) -> None:
+        """Print how many events cannot be shown."""
+        numbers = [f"{number} {what}" for number, what in ((suppressed, "suppressed"), (lost, "lost")) if number]
+        click.echo(f"{'':12}  {', '.join(numbers)}")
+        self.last = None
+
+    @staticmethod
+    def _cells(event: Event, number: int) -> tuple[str, ...]:
+        return (
+            event.time[11:23],
+            str(number) if number > 1 else "",
+            str(event.pid),
+            event.user,
+            event.command,
+            event.verdict if event.enforced else "let pass",
+            event.reason,
+            event.way,
+            event.unit or event.cgroup,
+            "|".join(event.flags),
+        )
+
+    def _print(self, cells: tuple[str, ...], *, again: bool = False) -> None:
+        from uffdguard.cli import render
+
+        line = render.line(cells, self.WIDTHS, self.width)
+        click.echo(f"\x1b[1A\x1b[2K{line}" if again else line)

@@ -1,0 +1,483 @@
+"""Events and counts on a live kernel: each decision is counted, told as it was, and nobody can fill the log."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from inside import ACTOR, USER, actor, forked, kernel_memory, uffdguard, until
+
+from uffdguard import guard, inspect, state
+from uffdguard.events import Event, Stream
+from uffdguard.kernel import layout, libbpf, native
+from uffdguard.policy import Mode, Policy, Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+KVM = "open:/dev/kvm"
+HOSTILE = "\x1b[31m\n<b>[red]"
+ESCAPED = r"\x1b[31m\n<b>[red]"
+OTHER = 1001
+#: The actor, root in a user namespace that is in another.
+NESTED = ["unshare", "-Ur", "unshare", "-Ur", str(ACTOR)]
+
+
+@pytest.fixture
+def kvm(in_force: Callable[..., None]) -> None:
+    in_force("kvm", events_per_second=500)
+
+
+def told(*steps: str, stream: Stream | None = None, user: int = USER) -> list[Event]:
+    """Let the actor do STEPS, and return the events of that."""
+    stream = stream or Stream(None)
+    stream.read()
+    actor(*steps, user=user)
+    batch = stream.read()
+    assert (batch.suppressed, batch.lost) == (0, 0)
+    return batch.events
+
+
+def limit(**numbers: int) -> None:
+    fd = libbpf.get(state.PINS / "watching")
+    for name, number in numbers.items():
+        libbpf.store(fd, layout.Watching, name, number)
+    os.close(fd)
+
+
+def counted() -> Counter[str]:
+    """Return how many decisions there were by reason, and what else is counted of them."""
+    status = state.status()
+    numbers = {str(reason): number for reason, number in status.decisions.items()}
+    return Counter(numbers | {"native": status.native, "let pass": status.let_pass})
+
+
+def more(before: Counter[str]) -> dict[str, int]:
+    return dict(counted() - before)
+
+
+class TestAnEvent:
+    def test_says_who_asked_how_and_what_was_decided(self, kvm: None) -> None:
+        before = time.time()
+        (event,) = told("name:asker", "syscall:0x80800")
+        assert event.pid == event.tid > 0
+        assert (event.uid, event.gid, event.owner) == (USER, USER, USER)
+        assert event.user == inspect.user_of(USER)
+        assert event.initial_user_namespace
+        assert event.command == "asker"
+        assert (event.way, event.flags) == ("syscall", ("O_NONBLOCK", "O_CLOEXEC"))
+        assert (event.mode, event.verdict, event.reason, event.enforced) == (Mode.KVM, "refused", "no-kvm", True)
+        assert not (event.capability or event.user_mode_only or event.granted)
+        assert before - 0.1 <= datetime.fromisoformat(event.time).timestamp() <= time.time()
+        found = ACTOR.stat()
+        assert (event.exe_inode, event.exe_device) == (
+            found.st_ino,
+            f"{os.major(found.st_dev)}:{os.minor(found.st_dev)}",
+        )
+        assert event.executable == ""  # it has ended
+
+    @pytest.mark.parametrize(
+        ("step", "way", "flags"),
+        [
+            ("syscall:1", "syscall", ("UFFD_USER_MODE_ONLY",)),
+            ("syscall-misleading:0x80000", "syscall", ("O_CLOEXEC",)),
+            ("int80:1", "compat", ("UFFD_USER_MODE_ONLY",)),
+            ("int80-misleading:0x800", "compat", ("O_NONBLOCK",)),
+            ("device:1", "device", ("UFFD_USER_MODE_ONLY",)),
+            ("device-misleading", "device", ()),
+            ("device-int80:0x80001", "device", ("UFFD_USER_MODE_ONLY", "O_CLOEXEC")),
+            ("device-int80-misleading", "device", ()),
+        ],
+    )
+    def test_says_by_which_way_and_with_which_flags(
+        self, kvm: None, step: str, way: str, flags: tuple[str, ...]
+    ) -> None:
+        (event,) = told(step)
+        assert (event.way, event.flags, event.user_mode_only) == (way, flags, "UFFD_USER_MODE_ONLY" in flags)
+
+    def test_of_the_native_knob_has_the_flags_that_the_kernel_knows_not(self, in_force: Callable[..., None]) -> None:
+        in_force("disabled")
+        (event,) = told("int80:0x80046")
+        assert (event.reason, event.way, event.flags) == ("native", "compat", ("O_CLOEXEC", "0x46"))
+
+    def test_says_the_path_of_an_executable_that_still_runs(self, kvm: None) -> None:
+        stream = Stream(None)
+        stream.read()
+        with subprocess.Popen([ACTOR, "syscall", "wait"], user=USER, stdin=subprocess.PIPE) as process:
+            batch = stream.read()
+            while not batch.events:
+                batch = stream.read()
+            process.communicate(b"\n")
+        assert batch.events[0].executable == str(ACTOR)
+
+    def test_says_the_control_group_and_what_is_named_by_it(self, kvm: None) -> None:
+        if not (root := Path("/run/cgroup2")).exists():
+            root.mkdir()
+            subprocess.run(["mount", "-t", "cgroup2", "cgroup2", root], check=True)
+        (unit := root / "uffdguard-test.service").mkdir()
+        try:
+            stream = Stream(None)
+            stream.read()
+
+            def ask_there() -> None:
+                (unit / "cgroup.procs").write_text(str(os.getpid()))
+                actor("syscall")
+
+            os.waitpid(forked(ask_there), 0)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("uffdguard.events.CGROUPS", root)
+                (event,) = stream.read().events
+        finally:
+            unit.rmdir()
+        assert (event.cgroup, event.unit) == ("/uffdguard-test.service", "uffdguard-test.service")
+
+    def test_says_who_is_in_another_user_namespace_and_whose_it_is(self, kvm: None) -> None:
+        stream = Stream(None)
+        stream.read()
+        subprocess.run([*NESTED, "syscall"], user=USER, check=True, stdout=subprocess.DEVNULL)
+        (event,) = stream.read().events
+        assert not event.initial_user_namespace
+        assert (event.uid, event.owner, event.capability) == (USER, USER, False)
+        (event,) = told("unshare-user", "syscall:1", user=0)
+        assert (event.owner, event.capability) == (0, False)
+
+    def test_has_escapes_for_what_does_not_print_in_a_name(self, kvm: None) -> None:
+        (event,) = told(f"name:{HOSTILE}", "syscall")
+        assert event.command == ESCAPED[: len(event.command)]
+        assert len(event.command) > 15
+
+    def test_is_told_of_each_thread_and_each_child(self, kvm: None) -> None:
+        (event,) = told("thread", "syscall")
+        assert event.tid != event.pid
+        one, other = told("syscall", "fork", "syscall")
+        assert one.pid != other.pid
+
+    def test_is_not_told_of_what_is_allowed_unless_somebody_wants_to_know(self, kvm: None) -> None:
+        assert told(KVM, "syscall", "device") == []
+        everything = Stream(None, everything=True)
+        events = told(KVM, "syscall", "device", stream=everything)
+        assert [(event.verdict, event.reason, event.way) for event in events] == [
+            ("allowed", "kvm", "syscall"),
+            ("allowed", "kvm", "device"),
+        ]
+        assert all(event.granted and event.enforced for event in events)
+        limit(all_until=0)
+        assert told(KVM, "syscall") == []
+
+    def test_wish_for_the_allowed_ones_ends_with_who_had_it(self, kvm: None) -> None:
+        Stream(None, everything=True).read()
+        time.sleep(2.1)
+        assert told(KVM, "syscall") == []
+
+    def test_is_not_made_of_what_start_tries(self, in_force: Callable[..., None]) -> None:
+        stream = Stream(everything=True)
+        for mode in ("kvm", "disabled", "enabled"):
+            in_force(mode)
+            guard.set_mode(Mode.KVM)
+            assert stream.read().events == []
+        assert +counted() == {}
+
+
+class TestTheNativeKnob:
+    """In mode disabled it is 0, and refuses before any hook."""
+
+    @pytest.fixture(autouse=True)
+    def mode(self, in_force: Callable[..., None]) -> None:
+        in_force("disabled", events_per_second=500)
+
+    def test_is_counted_and_told_where_it_refuses(self) -> None:
+        events = told("syscall", "int80", "syscall-misleading", "int80-misleading")
+        assert [event.reason for event in events] == ["native"] * 4
+        assert more(Counter()) == {"native": 4}
+
+    def test_is_not_taken_for_what_refuses_where_the_hook_does(self) -> None:
+        events = told("syscall:1", "device", "int80:1", "device-int80", "syscall", "device:1", "syscall")
+        assert [event.reason for event in events] == ["disabled"] * 4 + ["native", "disabled", "native"]
+        assert more(Counter()) == {"native": 2, "disabled": 5}
+
+    def test_is_not_counted_when_somebody_has_opened_it_and_the_hook_refuses(self) -> None:
+        native.write_knob(1)
+        assert [event.reason for event in told("syscall", "int80", "syscall")] == ["disabled"] * 3
+        assert more(Counter()) == {"disabled": 3}
+        native.write_knob(0)
+        assert [event.reason for event in told("syscall")] == ["native"]
+
+    def test_counts_again_after_the_mode_was_another(self) -> None:
+        guard.set_mode(Mode.KVM)
+        assert [event.reason for event in told("syscall", "device")] == ["no-kvm"] * 2
+        guard.set_mode(Mode.DISABLED)
+        assert [event.reason for event in told("syscall")] == ["native"]
+
+    def test_is_named_when_it_is_not_counted_and_start_mends_it(self) -> None:
+        (state.PINS / state.link_of("native")).unlink()
+        assert state.status().problems == ["the refusals of the native knob are not counted"]
+        guard.start(Policy(), None)
+        assert state.status().problems == []
+        assert [event.reason for event in told("syscall", "int80")] == ["native"] * 2
+
+    def test_is_not_asked_about_where_it_allows(self) -> None:
+        actor("syscall", "device", user=0)
+        assert more(Counter()) == {"capability": 2}
+
+
+class TestTheLimit:
+    def flood(self, number: int, *steps: str) -> list[Event]:
+        """Ask NUMBER times and return what is told; see that the rest is counted as suppressed."""
+        stream = Stream(None)
+        stream.read()
+        assert actor(*steps, f"flood:{number}") == [str(number)]
+        batch = stream.read()
+        assert len(batch.events) + batch.suppressed == number
+        return batch.events
+
+    def test_is_so_many_a_second_for_one_user(self, in_force: Callable[..., None]) -> None:
+        in_force("kvm")
+        assert max(Counter(map(_second, self.flood(20_000))).values()) == 20
+        assert more(Counter()) == {"no-kvm": 20_000}
+
+    def test_is_that_of_the_configuration(self, in_force: Callable[..., None]) -> None:
+        in_force("kvm", events_per_second=3)
+        assert max(Counter(map(_second, self.flood(5000))).values()) == 3
+        in_force("kvm", events_per_second=0)
+        assert self.flood(100) == []
+
+    def test_is_one_for_all_user_namespaces_of_a_user(self, in_force: Callable[..., None]) -> None:
+        in_force("kvm")
+        stream = Stream(None)
+        stream.read()
+        floods = [
+            subprocess.Popen([*command, "flood:5000"], user=USER, stdout=subprocess.DEVNULL)
+            for command in ([str(ACTOR)], [str(ACTOR), "unshare-user"], NESTED)
+        ]
+        assert [process.wait() for process in floods] == [0, 0, 0]
+        assert max(Counter(map(_second, stream.read().events)).values()) <= 20
+
+    def test_of_one_user_is_none_for_another(self, in_force: Callable[..., None]) -> None:
+        in_force("kvm")
+        stream = Stream(None)
+        stream.read()
+        with subprocess.Popen([ACTOR, "flood:1000000000"], user=USER, stdout=subprocess.DEVNULL) as process:
+            before = counted()
+            for _ in range(10):
+                actor("device", "device", user=OTHER)
+                time.sleep(0.2)
+            assert more(before)["no-kvm"] > 1000
+            process.kill()
+        by_user = Counter(event.uid for event in stream.read().events)
+        assert by_user[OTHER] == 20
+
+    def test_of_all_users_together_is_kept_too(self, in_force: Callable[..., None]) -> None:
+        in_force("kvm", events_per_second=500)
+        limit(total=7)
+        assert max(Counter(map(_second, self.flood(5000))).values()) == 7
+
+    def test_keeps_memory_flat_and_the_counts_exact(self, in_force: Callable[..., None], steps: int) -> None:
+        number = min(250 * steps, 1_000_000)
+        in_force("kvm")
+        actor("flood:10000")
+        memory, before = kernel_memory(), counted()
+        assert actor(f"flood:{number}") == [str(number)]
+        assert more(before) == {"no-kvm": number}
+        grown = kernel_memory() - memory
+        print(f"{number} refusals: {grown:+} KiB of kernel memory")
+        assert grown < 1024
+
+    def test_counts_are_exact_on_all_cpus_at_once(self, in_force: Callable[..., None]) -> None:
+        in_force("kvm")
+        floods = [subprocess.Popen([ACTOR, "flood:5000"], user=1000 + n, stdout=subprocess.DEVNULL) for n in range(4)]
+        assert [process.wait() for process in floods] == [0] * 4
+        assert more(Counter()) == {"no-kvm": 20_000}
+
+
+def _second(event: Event) -> int:
+    # The kernel's seconds are those since boot.
+    offset = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)
+    return int(datetime.fromisoformat(event.time).timestamp() - offset)
+
+
+class TestReaders:
+    def test_all_get_every_event_and_a_late_one_what_was_before(self, kvm: None) -> None:
+        one, other = Stream(), Stream()
+        actor("syscall", "device")
+        seen = one.read().events
+        assert len(seen) == 2
+        assert [strip(event) for event in other.read().events] == [strip(event) for event in seen]
+        assert one.read().events == []
+        assert [strip(event) for event in Stream().read().events] == [strip(event) for event in seen]
+
+    def test_a_slow_one_is_told_how_many_it_has_lost(self, kvm: None) -> None:
+        limit(per_owner=1 << 30, total=1 << 30)
+        stream = Stream()
+        actor("flood:5000")
+        batch = stream.read()
+        assert (len(batch.events), batch.lost, batch.suppressed) == (2048, 5000 - 2048, 0)
+        actor("syscall")
+        assert len(stream.read().events) == 1
+
+    def test_go_on_over_an_upgrade(self, kvm: None) -> None:
+        stream = Stream()
+        actor("syscall")
+        state.LOADED.write_text("another object")
+        guard.start(Policy(), None, events_per_second=500)
+        actor("device")
+        batch = stream.read()
+        assert ([event.way for event in batch.events], batch.lost) == (["syscall", "device"], 0)
+        assert more(Counter()) == {"no-kvm": 2}
+
+    def test_begin_anew_with_another_policy(self, kvm: None, in_force: Callable[..., None]) -> None:
+        stream = Stream()
+        actor("syscall", "syscall")
+        stream.read()
+        guard.stop()
+        in_force("kvm")
+        actor("device")
+        batch = stream.read()
+        assert ([event.way for event in batch.events], batch.lost) == (["device"], 0)
+
+
+def strip(event: Event) -> tuple[object, ...]:
+    """Leave out what is computed anew at each look."""
+    return (event.pid, event.way, event.reason)
+
+
+class TestAudit:
+    WAYS = ("syscall:1", "int80:1", "device", "device-int80")
+
+    @pytest.mark.parametrize("mode", [Mode.DISABLED, Mode.KVM])
+    def test_lets_pass_what_it_would_refuse_and_tells_so(self, in_force: Callable[..., None], mode: Mode) -> None:
+        in_force(mode, audit=True, events_per_second=500)
+        stream = Stream()
+        assert actor(*self.WAYS) == ["allowed"] * 4
+        reason = "disabled" if mode is Mode.DISABLED else "no-kvm"
+        events = stream.read().events
+        assert [(event.verdict, event.reason, event.enforced) for event in events] == [("refused", reason, False)] * 4
+        assert more(Counter()) == {reason: 4, "let pass": 4}
+
+    @pytest.mark.parametrize("found", [0, 1])
+    @pytest.mark.parametrize("mode", list(Mode))
+    def test_leaves_the_native_knob_as_it_was_found(
+        self, in_force: Callable[..., None], mode: Mode, found: int
+    ) -> None:
+        native.FILE.write_text(f"{found}\n")
+        in_force(mode, audit=True)
+        assert native.read_knob() == found
+        assert actor("syscall", "int80") == ["allowed" if found else "EPERM"] * 2
+        assert more(Counter()).get("native", 0) == (0 if found else 2)
+        in_force(mode)
+        assert native.read_knob() == mode.native_value
+        in_force(mode, audit=True)
+        assert native.read_knob() == found
+        assert not state.status().problems
+
+    def test_is_changed_to_and_from_with_grants_and_counts_kept(self, in_force: Callable[..., None]) -> None:
+        native.FILE.write_text("1\n")
+        in_force("kvm")
+        actor("syscall")
+        with subprocess.Popen([ACTOR, KVM, "wait", "syscall"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as opener:
+            until(lambda: state.status().grants == 1)
+            in_force("kvm", audit=True)
+            assert actor("syscall") == ["allowed"]
+            in_force("kvm")
+            assert actor("syscall") == ["EPERM"]
+            status = state.status()
+            assert (status.grants, status.decisions[Reason.NO_KVM], status.let_pass) == (1, 3, 1)
+            opener.communicate(b"\n")
+
+    def test_is_said_wherever_the_state_is_told(self, in_force: Callable[..., None]) -> None:
+        assert (
+            "audit: refusals are counted and told, and let pass" in uffdguard("start", "--mode", "kvm", "--audit").out
+        )
+        assert "NOT ENFORCED (audit)" in uffdguard("status").out
+        assert json.loads(uffdguard("status", "--json").out)["audit"] is True
+        assert uffdguard("start").out == ""
+        assert "NOT ENFORCED" not in uffdguard("status").out
+        assert actor("device") == ["EPERM"]
+
+    def test_stays_when_the_mode_is_switched(self, in_force: Callable[..., None]) -> None:
+        in_force("kvm", audit=True)
+        guard.set_mode(Mode.DISABLED)
+        assert state.status().audit
+        assert actor("device") == ["allowed"]
+
+    def test_check_says_what_it_lets_pass(self, in_force: Callable[..., None]) -> None:
+        native.FILE.write_text("1\n")
+        in_force("kvm", audit=True)
+        with subprocess.Popen([ACTOR, "wait"], user=USER, stdin=subprocess.PIPE) as process:
+            answer = uffdguard("check", str(process.pid))
+            process.communicate(b"\n")
+        assert answer.status == 0
+        assert "allowed (audit): in audit a refusal is let pass; this one (no-kvm): mode is kvm" in answer.out
+
+
+class TestWatch:
+    """The command itself, in a process of its own."""
+
+    def start(self, *options: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "uffdguard", "watch", *options]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    def lines(self, process: subprocess.Popen[str], number: int) -> list[str]:
+        assert process.stdout
+        return [process.stdout.readline() for _ in range(number)]
+
+    def test_prints_an_aligned_line_an_event_and_folds_what_repeats_itself(self, kvm: None) -> None:
+        process = self.start("--since-boot")
+        totals = self.lines(process, 2)
+        actor("name:asker", *["syscall"] * 3, f"name:{HOSTILE}", "device:1")
+        folded, single = self.lines(process, 2)
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == -signal.SIGINT
+        assert process.stderr
+        assert process.stderr.read().strip() == ""
+        assert "nothing decided" in totals[0] + totals[1]
+        head = next(line for line in totals if line.startswith("time"))
+        for line, times in ((folded, "3"), (single, "")):
+            assert line[head.index("times") : head.index("pid")].strip() == times
+            assert line[head.index("user") :].startswith(inspect.user_of(USER))
+            assert line[:-1].isprintable()
+        assert folded[head.index("command") :].split()[:4] == ["asker", "refused", "no-kvm", "syscall"]
+        assert single.split()[-1] == "UFFD_USER_MODE_ONLY"
+
+    def test_prints_json_objects(self, kvm: None) -> None:
+        process = self.start("--json", "--all", "--since-boot")
+        (totals,) = self.lines(process, 1)
+        assert json.loads(totals)["native"] == 0
+        time.sleep(0.5)
+        actor(f"name:{HOSTILE}", "syscall", KVM, "syscall")
+        refused, allowed = map(json.loads, self.lines(process, 2))
+        process.terminate()
+        process.wait()
+        assert (refused["verdict"], refused["command"]) == ("refused", ESCAPED[: len(refused["command"])])
+        assert (allowed["verdict"], allowed["reason"], allowed["granted"]) == ("allowed", "kvm", True)
+
+    def test_ends_when_its_reader_has_gone_though_nothing_happens(self, kvm: None) -> None:
+        process = self.start()
+        self.lines(process, 1)
+        assert process.stdout
+        process.stdout.close()
+        assert process.wait(20) == 1
+        assert process.stderr
+        assert process.stderr.read() == ""
+
+    def test_ends_with_the_policy(self, kvm: None) -> None:
+        process = self.start()
+        self.lines(process, 1)
+        guard.stop()
+        assert process.wait(20) == 1
+        assert process.stderr
+        assert process.stderr.read() == "uffdguard: the policy is not in force; run uffdguard start\n"
+
+    def test_needs_a_policy_and_root(self) -> None:
+        assert uffdguard("watch").err == "uffdguard: the policy is not in force; run uffdguard start\n"
+        assert "root" in uffdguard("watch", user=USER).err
+        assert "root" in uffdguard("log", user=USER).err
+        assert uffdguard("log").err == "uffdguard: the policy is not in force; run uffdguard start\n"
