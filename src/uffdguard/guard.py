@@ -318,6 +318,8 @@ def _count_native(fds: dict[str, int], wanted: bool, undo: contextlib.ExitStack)
                 _pin_at(place, link)
             finally:
                 os.close(link)
+            last = libbpf.read(fds["watching"], layout.Watching).round
+            libbpf.store(fds["watching"], layout.Watching, "round", last % 0xFFFFFFFF + 1)
         else:
             place.unlink(missing_ok=True)
 

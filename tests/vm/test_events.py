@@ -217,6 +217,26 @@ class TestTheNativeKnob:
         guard.set_mode(Mode.DISABLED)
         assert [event.reason for event in told("syscall")] == ["native"]
 
+    def test_is_not_taken_for_a_refusal_of_another_mode(self) -> None:
+        """What has refused in kvm has left a mark that nothing has taken away."""
+        with subprocess.Popen(
+            [ACTOR, *["syscall", "int80", "wait"] * 2, "syscall", "int80"],
+            user=USER,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as process:
+            assert process.stdin
+            until(lambda: counted()["native"] == 2)
+            guard.set_mode(Mode.KVM)
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            until(lambda: counted()["no-kvm"] == 2)
+            guard.set_mode(Mode.DISABLED)
+            before = counted()
+            assert [event.reason for event in told("syscall")] == ["native"]
+            process.communicate(b"\n")
+        assert more(before) == {"native": 3}
+
     def test_is_named_when_it_is_not_counted_and_start_mends_it(self) -> None:
         (state.PINS / state.link_of("native")).unlink()
         assert state.status().problems == ["the refusals of the native knob are not counted"]

@@ -12,8 +12,9 @@ import os
 import shutil
 import stat
 import struct
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -80,6 +81,16 @@ PLACES = ("/dev/kvm", NODE, "held", "held path", "/dev/userfaultfd", "/dev/null"
 
 who = st.integers(0, 7)
 
+WAY_OF = {Abi.NATIVE_64: "syscall", Abi.INT80: "compat", Abi.X32: "x32"}
+
+
+class Told(NamedTuple):
+    """What an event says of the call."""
+
+    way: str
+    flags: int
+    reason: str
+
 
 class Model(RuleBasedStateMachine):
     """Live processes, the policy, and what must follow from what has happened."""
@@ -97,7 +108,7 @@ class Model(RuleBasedStateMachine):
         self.subjects: list[Subject] = []
         self.sockets: list[Subject] = []
         self.policy: Policy | None = None
-        self.counts = -1
+        self.maps: dict[str, int] = {}
         native.DEV_KVM.chmod(0o666)
         native.DEV_USERFAULTFD.chmod(0o666)
 
@@ -111,8 +122,7 @@ class Model(RuleBasedStateMachine):
             kill(subject.process)
             subject.socket.close()
         reap()
-        if self.counts >= 0:
-            os.close(self.counts)
+        self.close_maps()
 
     # Who there is.
 
@@ -287,7 +297,7 @@ class Model(RuleBasedStateMachine):
         if tracer.call("ptrace", PTRACE_SEIZE, traced.process.pid, 0, 0) == 0:
             traced.traced_by = tracer
 
-    @rule(change=st.sampled_from((*Mode, *Mode, *Mode, "option", "upgrade", "stop")))
+    @rule(change=st.sampled_from((*Mode, *Mode, *Mode, "option", "audit", "upgrade", "stop")))
     def change(self, change: Mode | str) -> None:
         """Change the policy by one rule: these steps take longer than the others together."""
         match change, self.policy:
@@ -298,11 +308,13 @@ class Model(RuleBasedStateMachine):
                     subject.process.mm.granted = False
             case Mode(), Policy():
                 guard.set_mode(Mode(change))
-                self.policy = Policy(Mode(change), self.policy.user_mode_only)
+                self.policy = replace(self.policy, mode=Mode(change))
             case Mode(), None:
                 self.start(Policy(Mode(change)))
             case "option", Policy():
-                self.start(Policy(self.policy.mode, not self.policy.user_mode_only))
+                self.start(replace(self.policy, user_mode_only=not self.policy.user_mode_only))
+            case "audit", Policy():
+                self.start(replace(self.policy, audit=not self.policy.audit))
             case "upgrade", Policy():
                 features.OBJECT = next(path for path in self.objects if path != features.OBJECT)
                 self.start(self.policy)
@@ -313,10 +325,11 @@ class Model(RuleBasedStateMachine):
             for subject in self.subjects:
                 subject.process.mm.granted |= bool(subject.process.kvm)
         self.policy = policy
-        if self.counts >= 0:
-            os.close(self.counts)
+        self.close_maps()
         with state.pinned() as found:
-            self.counts = os.dup(found.fds["counts"])
+            self.maps = {name: os.dup(found.fds[name]) for name in ("counts", "events", "watching")}
+        for limit in ("per_owner", "total"):
+            libbpf.store(self.maps["watching"], layout.Watching, limit, 1 << 30)
 
     @rule(mode=st.sampled_from((0o666, 0o600)))
     def set_mode_of_kvm(self, mode: int) -> None:
@@ -343,7 +356,7 @@ class Model(RuleBasedStateMachine):
         if device:
             call, arguments = "ioctl", [self.device(subject, device), USERFAULTFD_IOC_NEW, flags]
         registers = dict(zip(abi.arguments, arguments, strict=False)) | {"ax": abi.number(call)}
-        before = self.decisions()
+        before, told = self.decisions(), self.told()
         result: int = subject.enter(abi, MISLEADING | registers if misleading else registers).result
         after = self.decisions()
         counted = [word for word in after for _ in range(after[word] - before[word])]
@@ -359,22 +372,41 @@ class Model(RuleBasedStateMachine):
         )
         # What the kernel asks before any hook: fs/userfaultfd.c.
         native_allows = bool(device) or request.user_mode_only or request.capability
-        native_allows |= self.policy is not None and self.policy.mode.native_value == 1
-        reason = None
+        native_allows |= self.policy is not None and not self.policy.audit and self.policy.mode.native_value == 1
+        reason: str | None = None
         if not native_allows:
             expected = -errno.EPERM
+            reason = "native" if self.policy else None
         elif flags & ~KNOWN:
             expected = -errno.EINVAL
         elif self.policy is None:
             expected = 0
         else:
             reason = decide(self.policy, request)
-            expected = 0 if reason.allowed else -errno.EPERM
+            expected = 0 if reason.allowed or self.policy.audit else -errno.EPERM
         if self.loaded and reason is Reason.KVM and counted == [Reason.NO_KVM] and skipped():
             subject.process.mm.granted = False  # a grant may be lost
             expected, reason = -errno.EPERM, Reason.NO_KVM
         question = (abi, device, hex(flags), misleading)
         assert (*question, result, counted) == (*question, expected, [reason] if reason else [])
+        refused = reason is not None and not (isinstance(reason, Reason) and reason.allowed)
+        assert self.told() - told == refused
+        if refused:
+            self.compare_event(subject, request, Told("device" if device else WAY_OF[abi], flags, str(reason)))
+
+    def compare_event(self, subject: Subject, request: Request, told: Told) -> None:
+        """Compare the newest event with what the subject has asked and what it is."""
+        assert self.policy
+        number = self.told()
+        event = libbpf.read_locked(self.maps["events"], number % 2048, layout.Slot).event
+        reason = "native" if event.reason == len(Reason) else layout.REASONS[event.reason]
+        assert event.number == number
+        assert Told(layout.WAYS[event.way], event.flags, str(reason)) == told
+        assert (event.pid, event.tid) == (subject.process.pid, subject.tid)
+        assert layout.MODES[event.mode] is self.policy.mode
+        assert event.enforced == (told.reason == "native" or not self.policy.audit)
+        assert (event.initial, event.capability) == (subject.initial, request.capability)
+        assert self.loaded or event.granted == request.kvm
 
     @invariant()
     def everybody_gets_what_the_model_says(self) -> None:
@@ -386,7 +418,7 @@ class Model(RuleBasedStateMachine):
     def every_grant_is_of_a_live_address_space(self) -> None:
         if self.policy and not self.loaded:
             granted = {subject.process.mm for subject in self.subjects if subject.process.mm.granted}
-            assert libbpf.read_sum(self.counts, layout.Counts).grants == len(granted)
+            assert libbpf.read_sum(self.maps["counts"], layout.Counts).grants == len(granted)
 
     # Helpers.
 
@@ -403,8 +435,20 @@ class Model(RuleBasedStateMachine):
         assert devices[kind][0] >= 0
         return devices[kind][0]
 
-    def decisions(self) -> dict[Reason, int]:
-        return libbpf.read_sum(self.counts, layout.Counts).by_reason() if self.policy else {}
+    def decisions(self) -> dict[str, int]:
+        if not self.policy:
+            return {}
+        counts = libbpf.read_sum(self.maps["counts"], layout.Counts)
+        return {str(reason): number for reason, number in counts.by_reason().items()} | {"native": counts.native}
+
+    def told(self) -> int:
+        """Return the number of the newest event."""
+        return libbpf.read(self.maps["watching"], layout.Watching).told if self.policy else 0
+
+    def close_maps(self) -> None:
+        for fd in self.maps.values():
+            os.close(fd)
+        self.maps = {}
 
 
 def open_by(way: str, subject: Subject, path: str, flags: int) -> int:

@@ -238,9 +238,11 @@ struct watching {
 	__u64 all_until; /* ns since boot; till then somebody wants to see the allowed ones */
 	__u32 per_owner; /* events a second */
 	__u32 total;
+	__u32 round; /* another each time that see_native() is attached */
+	__u32 unused;
 };
 
-volatile struct watching watching SEC(".data.watching") = { .per_owner = 20, .total = 500 };
+volatile struct watching watching SEC(".data.watching") = { .per_owner = 20, .total = 500, .round = 1 };
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
@@ -249,12 +251,12 @@ struct {
 	__type(value, __u64);
 } owners SEC(".maps");
 
-/* Whether decide() has refused the call that this task is in. */
+/* By what decide() tells see_native() that it has refused the call that this task is in: the round. */
 struct {
 	__uint(type, BPF_MAP_TYPE_TASK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, int);
-	__type(value, __u8);
+	__type(value, __u32);
 } refused SEC(".maps");
 
 /* Where the kernel has the name, a constant of its own, once it has been compared: to read it costs 85 instructions. */
@@ -416,15 +418,6 @@ static __noinline int tell(enum reason reason, __u32 policy, int enforced)
 	return 0;
 }
 
-/* For see_native(), which is attached in mode `disabled`. */
-static __always_inline void leave_mark(struct task_struct *task)
-{
-	__u8 *mark = bpf_task_storage_get(&refused, task, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
-
-	if (mark)
-		*mark = 1;
-}
-
 SEC("lsm/inode_init_security_anon")
 int BPF_PROG(decide, struct inode *inode, const struct qstr *name, const struct inode *context_inode, int ret)
 {
@@ -433,7 +426,7 @@ int BPF_PROG(decide, struct inode *inode, const struct qstr *name, const struct 
 	union policy now = { .word = *(volatile __u8 *)&policy.word };
 	enum reason reason;
 	int is_witness, strict;
-	__u32 flags;
+	__u32 flags, *mark;
 
 	if (ret)
 		return ret;
@@ -472,8 +465,11 @@ int BPF_PROG(decide, struct inode *inode, const struct qstr *name, const struct 
 	if (!is_witness) {
 		if (now.bits.audit)
 			count(let_pass, 1);
-		else if (now.bits.mode == MODE_DISABLED && way_of(task, &flags) != WAY_DEVICE)
-			leave_mark(task);
+		else if (way_of(task, &flags) != WAY_DEVICE) {
+			mark = bpf_task_storage_get(&refused, task, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+			if (mark)
+				*mark = watching.round;
+		}
 		tell(reason, now.word, !now.bits.audit);
 	}
 	if (now.bits.audit)
@@ -488,13 +484,14 @@ int BPF_PROG(decide, struct inode *inode, const struct qstr *name, const struct 
 static __always_inline int see_native(long ret)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
-	__u8 *seen;
+	__u32 *mark;
 
 	if (ret != -EPERM || task->tgid == witness.tgid)
 		return 0;
-	seen = bpf_task_storage_get(&refused, task, 0, 0);
-	if (seen && *seen) { /* by decide(), in this call */
-		*seen = 0;
+	/* A mark of an earlier round is of a call that we were not there to see the end of. */
+	mark = bpf_task_storage_get(&refused, task, 0, 0);
+	if (mark && *mark == watching.round) {
+		*mark = 0;
 		return 0;
 	}
 	count(native, 1);

@@ -96,6 +96,8 @@ class Watching(ctypes.Structure):
         ("all_until", c_uint64),  # ns since boot
         ("per_owner", c_uint32),
         ("total", c_uint32),
+        ("round", c_uint32),
+        ("unused", c_uint32),
     )
 
 
