@@ -230,7 +230,7 @@ def shown(monkeypatch: pytest.MonkeyPatch, columns: int) -> list[str]:
     terminal = Terminal()
     monkeypatch.setattr("sys.stdout", terminal)
     monkeypatch.setenv("COLUMNS", str(columns))
-    render.columns([("1", "refused", "a" * 100)], cut=2)
+    render.columns([("1", "refused", "a" * 100)], cut=[2])
     return terminal.getvalue().splitlines()
 
 
@@ -248,7 +248,7 @@ def test_a_terminal_has_colours_and_no_longer_lines_than_fit(monkeypatch: pytest
 
 
 def test_a_pipe_has_whole_lines_without_colours(capsys: pytest.CaptureFixture[str]) -> None:
-    render.columns([("1", "refused", "a" * 300)], cut=2)
+    render.columns([("1", "refused", "a" * 300)], cut=[2])
     assert capsys.readouterr().out == f"1  refused  {'a' * 300}\n"
 
 

@@ -40,4 +40,4 @@ def command(json: bool) -> None:
                 holder.unit or "-",
             )
         )
-    render.columns(rows, cut=len(rows[0]) - 1)
+    render.columns(rows, cut=[len(rows[0]) - 1])

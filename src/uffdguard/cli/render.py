@@ -25,16 +25,17 @@ def as_json(facts: Any) -> None:
     sys.stdout.write("\n")
 
 
-def columns(rows: Iterable[Sequence[str]], *, cut: int | None = None) -> None:
+def columns(rows: Iterable[Sequence[str]], *, cut: Sequence[int] = ()) -> None:
     """Print ROWS of text as aligned columns, two blanks apart; a known word gets its colour.
 
-    :param cut: the column that gives way on a terminal that is too narrow.
+    :param cut: the columns that give way on a terminal that is too narrow, the widest first.
     """
     rows = [tuple(row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    if cut is not None and sys.stdout.isatty():
-        others = sum(widths) - widths[cut] + 2 * len(widths) - 2
-        widths[cut] = max(8, min(widths[cut], shutil.get_terminal_size().columns - others))
+    if cut and sys.stdout.isatty():
+        room = shutil.get_terminal_size().columns - 2 * len(widths) + 2
+        while sum(widths) > room and max(widths[column] for column in cut) > 7:
+            widths[max(cut, key=widths.__getitem__)] -= 1
     for row in rows:
         cells = (_cell(text, width) for text, width in zip(row, widths, strict=True))
         click.echo("  ".join(cells).rstrip())
@@ -59,9 +60,18 @@ def line(cells: Sequence[str], widths: Sequence[int], limit: int | None) -> str:
     return "  ".join(shown).rstrip()
 
 
+def bar(part: int, whole: int, width: int) -> str:
+    """Return a bar of PART in WHOLE, which would take WIDTH columns; what is not 0 shows."""
+    eighths = max(part * width * 8 // whole, 1) if part else 0
+    if "utf" not in (sys.stdout.encoding or "").lower():
+        return "#" * -(-eighths // 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
 def _cell(text: str, width: int) -> str:
     if len(text) > width:
-        text = f"{text[: width - 1]}…"
+        # The end of a path tells most.
+        text = f"…{text[1 - width :]}" if text.startswith("/") else f"{text[: width - 1]}…"
     return coloured(text) + " " * (width - len(text))
 
 
