@@ -153,6 +153,26 @@ def load() -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def journald() -> Iterator[None]:
+    """Run systemd's journal, which has nothing of ours at first and is gone at the end.
+
+    What was sent is there to be read after ``journalctl --sync``.
+    """
+    folders = [Path("/run/systemd/journal"), Path("/run/log/journal")]
+    folders[0].mkdir(parents=True, exist_ok=True)
+    subprocess.run(["systemd-machine-id-setup"], check=True, capture_output=True)
+    with subprocess.Popen(["/lib/systemd/systemd-journald"]) as process:
+        try:
+            until(lambda: subprocess.run(["journalctl", "--sync"], capture_output=True).returncode == 0)
+            yield
+        finally:
+            process.terminate()
+            process.wait()
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
 def forked(job: Callable[[], object]) -> int:
     """Do JOB in a new process and return its pid; its status is 1 when JOB failed."""
     pid = os.fork()
