@@ -34,7 +34,10 @@ def write(path: Path, text: str) -> None:
     :raises Failure: it cannot be written, e.g. because the file system is full.
     """
     try:
-        beside(path).write_text(text)
+        beside(path).unlink(missing_ok=True)
+        # Nor through a link that another user has put there.
+        with beside(path).open("x") as file:
+            file.write(text)
         beside(path).rename(path)
     except OSError as error:
         raise Failure(f"cannot write {path}: {error.strerror}", "make it possible and run it again") from error
