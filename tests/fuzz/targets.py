@@ -26,7 +26,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from uffdguard import cli, config, guard, inspect, install, knob, state
+from uffdguard import cli, config, guard, inspect, install, knob, page, report, state
 from uffdguard.errors import Failure, one_line
 from uffdguard.kernel import features, native, probe
 from uffdguard.lab import kernels, vm
@@ -250,6 +250,8 @@ ANSWER = inspect.Answer(
     user_mode_only=None,
     would_allow=["uffdguard mode enabled"],
 )
+REPORT = report.Report(user_mode_only=False)
+REPORT.add(b"damaged")
 #: What each verb does, at the boundary below which something is asked or changed; with its result.
 EFFECTS: dict[tuple[object, str], object] = {
     (guard, "start"): False,
@@ -267,6 +269,8 @@ EFFECTS: dict[tuple[object, str], object] = {
     (inspect, "holders"): [],
     (inspect, "check_process"): ANSWER,
     (inspect, "check_command"): ANSWER,
+    (report, "read"): REPORT,
+    (page, "save"): None,
     (probe, "every_way"): dict.fromkeys((*WAYS, "kvm", *(f"{way}-after-kvm" for way in WAYS)), "EPERM"),
     (knob, "run"): None,
     (knob, "main"): None,
@@ -292,6 +296,7 @@ QUESTIONS = {
     "holders",
     "check_process",
     "check_command",
+    "read",
     "every_way",
     "table",
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import itertools
 import os
 import signal
@@ -24,6 +25,7 @@ VERBS = (
     "check",
     "watch",
     "log",
+    "report",
     "probe",
     "doctor",
     "knob",
@@ -71,6 +73,8 @@ def cli(debug: bool) -> None:
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line and exit: 0 done or allowed, 1 refused or failed, 2 wrong usage."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # what the locale's encoding does not have
     # Ours come before the verb; a verb may have a word of its own that looks so.
     debug = "--debug" in itertools.takewhile(lambda word: word.startswith("-"), arguments)
     try:
