@@ -9,7 +9,7 @@ KERNEL ?= 6.12
 SUITES = tests/vm tests/clients
 
 DEBIAN_PACKAGES = busybox-static chromium clang crun file groff-base kmod libbpf-dev libc6-dev libfuse3-3 podman procps \
-	python3-venv qemu-system-x86 stress-ng systemd xz-utils
+	prometheus python3-venv qemu-system-x86 stress-ng systemd xz-utils
 
 # What `make deb` and `make test-boot` need on top.
 DEB_PACKAGES = clang debhelper debootstrap dh-python dpkg-dev libbpf-dev libc6-dev lintian python3-click python3-pip

@@ -26,6 +26,7 @@ VERBS = (
     "watch",
     "log",
     "report",
+    "metrics",
     "probe",
     "doctor",
     "knob",
