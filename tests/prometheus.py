@@ -25,8 +25,8 @@ DASHBOARD: dict[str, Any] = json.loads((PACKAGING / "grafana/uffdguard.json").re
 INTERVAL = 1
 #: What the hardened unit of docs/seeing.md leaves the exporter.
 CONFINED = ("setpriv", "--bounding-set=-all,+sys_admin", "--inh-caps=-all", "--no-new-privs")
-#: What Grafana would put in place of its variables. The rate is taken over four scrapes, as Grafana has it.
-VARIABLES = {"$instance": ".*", "$__rate_interval": f"{4 * INTERVAL}s"}
+#: What Grafana would put in place of its variables; a rate is over four scrapes or more there.
+VARIABLES = {"$instance": ".*", "$__rate_interval": f"{12 * INTERVAL}s"}
 
 
 def expressions() -> dict[tuple[str, str, str], str]:
