@@ -94,7 +94,9 @@ from uffdguard.cli import main
 try:
     main({arguments!r})
 except SystemExit:
-    print({{"rich", "msgspec", "ctypes", "uffdguard.guard", "uffdguard.state", "uffdguard.lab"}} & set(sys.modules))
+    ours = {{"guard", "state", "lab", "metrics"}}
+    heavy = {{"rich", "msgspec", "ctypes", "prometheus_client", *(f"uffdguard.{{name}}" for name in ours)}}
+    print(heavy & set(sys.modules))
 """
     assert subprocess.check_output([sys.executable, "-c", script], text=True).endswith("set()\n")
 
