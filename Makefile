@@ -31,7 +31,7 @@ TIMEOUT = 3600
 LAB = $(VENV)/uffdguard lab --cpus 2 --memory 2G --append syscall.x32=y --timeout $(TIMEOUT) --kernel
 
 .PHONY: all setup packages packages-deb demo test test-unit test-host test-vm test-cost test-long test-clients-long \
-	test-matrix test-boot bench bench-programs fuzz lint format wheel deb clean
+	test-matrix test-boot bench bench-programs dashboard fuzz lint format wheel deb clean
 
 all: setup $(OBJECTS) build/actor build/driver build/driver32
 
@@ -99,6 +99,12 @@ test-cost: bench-programs
 # Writes docs/performance.*: ten minutes or so.
 bench: bench-programs
 	$(VENV)/python -m bench.run $(PARTS)
+
+# Writes docs/dashboard.png: eight minutes or so.
+dashboard: all
+	@$(MAKE) --no-print-directory packages DEBIAN_PACKAGES="fonts-dejavu-core librsvg2-bin"
+	$(LAB) $(KERNEL) -- $(VENV)/python tests/dashboard.py record >build/dashboard.json
+	$(VENV)/python tests/dashboard.py draw <build/dashboard.json | rsvg-convert -o docs/dashboard.png
 
 bench-programs: all build/measure build/subjects.bpf.o
 

@@ -498,3 +498,13 @@ def test_the_wheel_has_the_dashboard_and_the_rules() -> None:
     included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
     for part in ("grafana", "prometheus"):
         assert included[f"packaging/{part}"] == f"uffdguard/share/packaging/{part}"
+
+
+def test_the_documentation_names_each_metric_with_its_labels_and_no_other() -> None:
+    table = re.findall(r"^\| `uffdguard_.*", (ROOT / "docs/seeing.md").read_text(), re.MULTILINE)
+    documented = {
+        name: sorted(filter(None, labels.split(",")))
+        for name, labels in re.findall(r"`(uffdguard_\w+)(?:{([\w,]+)})?`", "".join(table))
+    }
+    samples = [sample for family in metrics.of_status(STATUS) for sample in family.samples]
+    assert documented == {sample.name: sorted(sample.labels) for sample in samples}
