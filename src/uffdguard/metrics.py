@@ -74,7 +74,7 @@ def of_status(status: Status | None) -> Iterator[Metric]:
     if not in_force:
         return
     yield _gauge("user_mode_only", "Whether UFFD_USER_MODE_ONLY suffices to be allowed.", bool(status.user_mode_only))
-    yield _gauge("audit", "Whether refusals are let pass.", bool(_soon(status, "audit")))
+    yield _gauge("audit", "Whether refusals are let pass.", bool(status.audit))
     yield _gauge("grants", "Address spaces that have opened /dev/kvm.", status.grants)
     yield _counter("grants_lost", "Grants that could not be recorded.", status.lost)
     yield _counter("hooks_skipped", "Times that the kernel skipped a program of ours.", status.skipped)
@@ -83,15 +83,10 @@ def of_status(status: Status | None) -> Iterator[Metric]:
     )
     for reason, number in status.decisions.items():
         decisions.add_metric(("allowed" if reason.allowed else "refused", reason), number)
-    decisions.add_metric(("refused", "native"), _soon(status, "native"))
+    decisions.add_metric(("refused", "native"), status.native)
     yield decisions
-    yield _counter("let_pass", "Refusals that audit let pass.", _soon(status, "let_pass"))
-    yield _counter("events_suppressed", "Events over the limit, which were only counted.", _soon(status, "suppressed"))
-
-
-def _soon(status: Status, name: str) -> int:
-    """Return what state.Status is about to get: ``audit``, ``native``, ``let_pass``, ``suppressed``."""
-    return int(getattr(status, name, 0) or 0)
+    yield _counter("let_pass", "Refusals that audit let pass.", status.let_pass)
+    yield _counter("events_suppressed", "Events over the limit, which were only counted.", status.suppressed)
 
 
 def _gauge(name: str, what: str, value: float) -> Metric:

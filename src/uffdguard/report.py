@@ -15,10 +15,10 @@ import msgspec
 
 from uffdguard import config, journal
 from uffdguard.errors import Failure, one_line
-from uffdguard.policy import Mode, Policy, Request, decide
+from uffdguard.policy import Mode, Policy, Request, Way, decide
 
 if TYPE_CHECKING:
-    from uffdguard.events import Way
+    from uffdguard.policy import Way
 
 #: The strictest mode first.
 STRICTNESS = (Mode.DISABLED, Mode.KVM, Mode.ENABLED)
