@@ -32,7 +32,7 @@ COMPLETION = Path("/usr/local/share/bash-completion/completions/uffdguard")
 #: The command that a distribution's package has, and that the units in the source name.
 PACKAGED = "/usr/bin/uffdguard"
 
-NAMES = ("uffdguard.service", "uffdguard-knob.service")
+NAMES = ("uffdguard.service", "uffdguard-knob.service", "uffdguard-log.service")
 
 #: The steps of install and uninstall.
 STEPS = Steps(

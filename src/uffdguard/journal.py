@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import os
 import time
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -13,12 +15,11 @@ from uffdguard import events
 from uffdguard.errors import Failure
 from uffdguard.events import Event
 from uffdguard.kernel import native
-from uffdguard.steps import write
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-#: The number of the newest event that is in the journal.
+#: The number of the newest event that is in the journal; locked by who writes there.
 WRITTEN = native.RUN / "log"
 
 #: What tells our entries from all others: one for an event, one for events of which only the number is known.
@@ -53,27 +54,33 @@ def follow(*, everything: bool) -> NoReturn:
     """Write events to the journal, each once, for as long as a policy is in force.
 
     :param everything: the allowed ones, too.
-    :raises Failure: no policy is in force, or there is no journal.
+    :raises Failure: no policy is in force, there is no journal, or another writes there.
     """
     from logging_journald import JournaldTransport
 
     native.need_root("sees the decisions")
-    stream = events.Stream(everything=everything)
-    with contextlib.suppress(OSError, ValueError):
-        stream.last = int(WRITTEN.read_bytes())
-    batch = stream.read()
+    events.Stream().read()
+    written = os.open(WRITTEN, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(written, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Failure("the journal is being written already", "see systemctl status uffdguard-log") from None
+    last = 0
+    with contextlib.suppress(ValueError):
+        last = int(os.pread(written, 64, 0))
+    stream = events.Stream(last, everything=everything)
     try:
         journal = JournaldTransport()
         while True:
+            batch = stream.read()
             for event in batch.events:
                 if everything or event.verdict == "refused":
                     journal.send(of_event(event).items())
             if batch.suppressed or batch.lost:
                 journal.send(of_missing(batch.suppressed, batch.lost).items())
             if batch.events:
-                write(WRITTEN, f"{stream.last}\n")
+                os.pwrite(written, b"%020d\n" % (stream.last or 0), 0)
             time.sleep(events.INTERVAL)
-            batch = stream.read()
     except OSError as error:
         raise Failure(f"the journal does not take entries: {error}", "is systemd-journald running?") from error
 

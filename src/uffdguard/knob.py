@@ -217,6 +217,8 @@ def serve(fuse: int) -> NoReturn:
             if time.monotonic() > end:
                 raise Failure("nobody has mounted the interface file", "run it anew")
         step("serve")
+        if server.current().audit:
+            log.warning("audit: refusals are counted and told, and let pass")
         threading.Thread(target=server.watch, daemon=True).start()
         server.loop(fuse)
         server.end(0)
@@ -358,6 +360,8 @@ class Server:
         except Failure as error:
             log.error("%s", error)
             raise OSError(errno.EIO, str(error)) from error
+        if self.current().audit:
+            log.warning("mode %s in audit: refusals are counted and told, and let pass: %s", mode, who)
         return len(data)
 
     @staticmethod

@@ -53,6 +53,7 @@ def test_everything_is_put_in_place_and_taken_away(root: Path) -> None:
     files = written(root)
     assert set(files) == {
         "etc/systemd/system/uffdguard-knob.service",
+        "etc/systemd/system/uffdguard-log.service",
         "etc/systemd/system/uffdguard.service",
         "usr/lib/uffdguard.toml",
         "usr/local/share/bash-completion/completions/uffdguard",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -14,15 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from inside import ACTOR, USER, actor, forked, kernel_memory, uffdguard, until
+from inside import ACTOR, USER, actor, forked, journald, kernel_memory, uffdguard, until
 
-from uffdguard import guard, inspect, state
+from uffdguard import guard, inspect, journal, state
 from uffdguard.events import Event, Stream
 from uffdguard.kernel import layout, libbpf, native
 from uffdguard.policy import Mode, Policy, Reason
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 KVM = "open:/dev/kvm"
 HOSTILE = "\x1b[31m\n<b>[red]"
@@ -501,3 +503,89 @@ class TestWatch:
         assert "root" in uffdguard("watch", user=USER).err
         assert "root" in uffdguard("log", user=USER).err
         assert uffdguard("log").err == "uffdguard: the policy is not in force; run uffdguard start\n"
+
+
+class TestLog:
+    @pytest.fixture(autouse=True)
+    def systemd_journal(self) -> Iterator[None]:
+        with journald():
+            yield
+
+    @contextlib.contextmanager
+    def logging(self, *options: str) -> Iterator[subprocess.Popen[str]]:
+        """Run the command until all is written that has happened."""
+        command = [sys.executable, "-m", "uffdguard", "log", *options]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+            until(lambda: held(journal.WRITTEN))
+            try:
+                yield process
+                time.sleep(1)
+            finally:
+                process.terminate()
+
+    def entries(self, *matches: str) -> list[dict[str, str]]:
+        subprocess.run(["journalctl", "--sync"], check=True)
+        lines = subprocess.check_output(["journalctl", "--output=json", "--all", *matches], text=True).splitlines()
+        return [json.loads(line) for line in lines]
+
+    def test_writes_each_refusal_once_with_fields_that_make_the_event_again(self, kvm: None) -> None:
+        told("syscall")  # before it runs
+        with self.logging():
+            actor(f"name:{HOSTILE}", "device:1", KVM, "syscall")
+        actor("int80")
+        with self.logging():
+            pass
+        found = [journal.to_event(entry) for entry in self.entries("UFFDGUARD_VERDICT=refused")]
+        assert [strip(event) for event in found] == [strip(event) for event in Stream().read().events]
+        assert [event.way for event in found] == ["syscall", "device", "compat"]
+        assert found[1].command == ESCAPED[: len(found[1].command)]
+        assert self.entries("UFFDGUARD_REASON=no-kvm", "UFFDGUARD_WAY=compat")[0]["MESSAGE"] == found[2].line
+        assert self.entries("UFFDGUARD_VERDICT=allowed") == []
+
+    def test_writes_what_is_allowed_when_asked_to(self, kvm: None) -> None:
+        with self.logging("--all"):
+            time.sleep(1)
+            actor(KVM, "syscall")
+        (event,) = [journal.to_event(entry) for entry in self.entries("UFFDGUARD_VERDICT=allowed")]
+        assert (event.reason, event.granted) == ("kvm", True)
+
+    def test_says_how_many_are_missing(self, in_force: Callable[..., None]) -> None:
+        in_force("kvm")
+        with self.logging():
+            time.sleep(1)
+            actor("flood:5000")
+        missing = sum(int(entry["UFFDGUARD_SUPPRESSED"]) for entry in self.entries(f"MESSAGE_ID={journal.MISSING_ID}"))
+        assert missing + len(self.entries(f"MESSAGE_ID={journal.EVENT_ID}")) == 5000
+
+    def test_is_read_by_report(self, kvm: None) -> None:
+        with self.logging():
+            actor("syscall", "device")
+        figures = json.loads(uffdguard("report", "--json").out)
+        assert (figures["asked"], figures["refused"]) == (2, 2)
+
+    def test_leaves_the_journal_to_one_writer(self, kvm: None) -> None:
+        with self.logging():
+            assert uffdguard("log").err.startswith("uffdguard: the journal is being written already; ")
+
+    def test_ends_with_the_policy_or_the_journal_on_one_line(self, kvm: None) -> None:
+        with self.logging() as process:
+            guard.stop()
+            assert process.wait(20) == 1
+            assert process.stderr
+            assert process.stderr.read() == "uffdguard: the policy is not in force; run uffdguard start\n"
+
+
+def test_log_says_that_there_is_no_journal(kvm: None) -> None:
+    assert uffdguard("log").err.startswith("uffdguard: the journal does not take entries: ")
+
+
+def held(path: Path) -> bool:
+    """Tell whether somebody has a lock on PATH."""
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False

@@ -6,13 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+from uffdguard import install
+
 
 def test_install_enables_the_units_and_uninstall_leaves_nothing() -> None:
     command = Path(sys.executable).with_name("uffdguard")
     before = found()
     out = subprocess.check_output([command, "install", "--mode", "kvm"], text=True)
     assert "systemctl start uffdguard" in out
-    for unit in ("uffdguard.service", "uffdguard-knob.service"):
+    for unit in install.NAMES:
         enabled = subprocess.run(["systemctl", "is-enabled", unit], capture_output=True, text=True)
         assert enabled.stdout == "enabled\n"
     assert 'mode = "kvm"' in Path("/usr/lib/uffdguard.toml").read_text()

@@ -26,7 +26,7 @@ def command(mode: Mode) -> None:
     from uffdguard import install
 
     install.install(Path(sys.argv[0]).resolve(), mode, completion())
-    click.echo("in force from the next boot on; at once: systemctl start uffdguard uffdguard-knob")
+    click.echo("in force from the next boot on; at once: systemctl start uffdguard")
 
 
 def completion() -> str:
