@@ -22,8 +22,8 @@ DEFAULT = Path("/usr/lib/uffdguard.toml")
 ADMINISTRATOR = Path("/etc/uffdguard.toml")
 DROP_INS = Path("/etc/uffdguard.d")
 
-#: A second, of one user. That of all users together is in guard.bpf.c.
-MOST_EVENTS = 500
+#: A second, of one user. Those of all users together are in guard.bpf.c.
+MOST_EVENTS = 200
 
 
 class File(msgspec.Struct, rename="kebab", forbid_unknown_fields=True):

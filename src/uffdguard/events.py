@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import os
 import time
@@ -16,13 +17,16 @@ from uffdguard.inspect import NATIVE, unit, user_of
 from uffdguard.kernel import layout, libbpf
 from uffdguard.policy import Mode, Way  # noqa: TC001 - at run time too: journal.to_event() has msgspec read the types
 
-#: Seconds between two looks. Events have a limit and the kernel side keeps the newest 2048: none is missed.
+#: Seconds between two looks. Events have a limit, and the kernel side keeps the newest 2048.
 INTERVAL = 0.25
 #: Seconds for which the allowed ones are asked for anew at each look.
 LEASE = 2
 
 FLAGS = {0x1: "UFFD_USER_MODE_ONLY", os.O_NONBLOCK: "O_NONBLOCK", os.O_CLOEXEC: "O_CLOEXEC"}
 CGROUPS = Path("/sys/fs/cgroup")
+FILEID_KERNFS = 0xFE  # include/linux/exportfs.h
+#: Seconds after which an event whose number is taken, and which is not there, counts as lost.
+PATIENCE = 2.0
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Event:
     owner: int
     initial_user_namespace: bool
     command: str
-    #: The path of the executable, or "" where the process had ended before it was looked up.
+    #: The path of the executable; its file's name where the process had ended, or that path is another file for us.
     executable: str
     exe_device: str  # MAJOR:MINOR
     exe_inode: int
@@ -89,7 +93,11 @@ class Stream:
     def __init__(self, last: int | None = 0, *, everything: bool = False) -> None:
         self.last = last
         self.everything = everything
+        #: Which map it is of: the kernel never gives a number twice.
+        self.map: int | None = None
         self._suppressed: int | None = None
+        #: Since when the next one is waited for.
+        self._waiting: float | None = None
 
     def read(self) -> Batch:
         """Return what is new.
@@ -108,18 +116,22 @@ class Stream:
                 suppressed = libbpf.read_sum(fds["counts"], layout.Counts).suppressed
             except OSError as error:
                 raise state.not_in_force() from error
+            number = libbpf.info(fds["watching"], libbpf.MapInfo).id
+            if self.map not in (None, number):  # of another policy, which counts anew
+                self.last, self._suppressed = 0, 0
+            self.map = number
             if self.last is None:
                 self.last = newest
-            if newest < self.last:  # another policy, which counts anew
-                self.last = 0
             size = libbpf.info(fds["events"], libbpf.MapInfo).max_entries
             oldest = max(self.last + 1, newest - size + 1)
             lost = oldest - self.last - 1
             records = []
             for number in range(oldest, newest + 1):
                 record = libbpf.read_locked(fds["events"], number % size, layout.Slot).event
-                if record.number < number:  # its number is taken, and it is about to be written
+                # Its number is taken, and it is yet to be written.
+                if record.number < number and not self._is_overdue():
                     break
+                self._waiting = None
                 if record.number == number:
                     records.append(record)
                 else:
@@ -127,7 +139,12 @@ class Stream:
                 self.last = number
         before, self._suppressed = self._suppressed, suppressed
         more = 0 if before is None else suppressed - before
-        return Batch([event_of(record) for record in records], more if more >= 0 else suppressed, lost)
+        return Batch([event_of(record) for record in records], more, lost)
+
+    def _is_overdue(self) -> bool:
+        now = time.monotonic()
+        self._waiting = self._waiting or now
+        return now - self._waiting > PATIENCE
 
 
 def event_of(record: layout.Event) -> Event:
@@ -177,31 +194,50 @@ def flags_of(flags: int) -> list[str]:
 
 
 def executable_of(record: layout.Event) -> str:
-    """Return the path of what the process ran, or "" when it has ended, or runs something else now."""
+    """Return the path of what the process ran, if that is the same file for us; else the file's name.
+
+    A process has mounts of its own, in which it can give its program any path.
+    """
+    name: str = record.executable.decode(errors="backslashreplace")
     process = Path("/proc", str(record.pid))
     try:
         # proc(5): its start is the 22nd field, in ticks since boot; the second may have blanks and parentheses.
         ticks = int((process / "stat").read_bytes().rpartition(b")")[2].split()[19])
         path = (process / "exe").readlink()
-        same = (process / "exe").stat().st_ino == record.exe_inode
+        found = (process / "exe").stat()
+        same = os.path.samestat(found, path.stat()) and found.st_ino == record.exe_inode
     except (OSError, IndexError):
-        return ""
-    return str(path) if same and ticks * 10**9 // os.sysconf("SC_CLK_TCK") <= record.time else ""
+        return name
+    return str(path) if same and ticks * 10**9 // os.sysconf("SC_CLK_TCK") <= record.time else name
+
+
+class Handle(ctypes.Structure):
+    """struct file_handle of open_by_handle_at(2), as the kernel's pseudo file systems have it."""
+
+    _fields_ = (("handle_bytes", ctypes.c_uint32), ("handle_type", ctypes.c_int32), ("id", ctypes.c_uint64))
 
 
 def cgroup_of(number: int) -> str:
-    """Return the path of the control group of version 2 with this id, or "" when it is gone."""
-    if number not in _cgroups():
-        _cgroups.cache_clear()
-    return _cgroups().setdefault(number, "")
+    """Return the path of the control group of version 2 with this id, or "" when it is gone.
+
+    Needs CAP_DAC_READ_SEARCH.
+    """
+    root = next(filter(Path.is_dir, (CGROUPS / "unified", CGROUPS)), CGROUPS)
+    try:
+        mount = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return ""
+    handle = Handle(8, FILEID_KERNFS, number)
+    found = _libc().open_by_handle_at(mount, ctypes.byref(handle), os.O_PATH | os.O_CLOEXEC)
+    os.close(mount)
+    if found < 0:
+        return ""
+    try:
+        return str(Path(f"/proc/self/fd/{found}").readlink()).removeprefix(str(root)) or "/"
+    finally:
+        os.close(found)
 
 
 @functools.cache
-def _cgroups() -> dict[int, str]:
-    """Return the path of each control group by its id, which is its directory's inode number: fs/kernfs/mount.c."""
-    root = next(filter(Path.is_dir, (CGROUPS / "unified", CGROUPS)), CGROUPS)
-    found = {}
-    for path, _, _ in os.walk(root):
-        with contextlib.suppress(OSError):
-            found[Path(path).stat().st_ino] = path.removeprefix(str(root)) or "/"
-    return found
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)

@@ -30,6 +30,7 @@ from uffdguard.state import (
     USES,
     Pinned,
     foreign_pins,
+    found_knob,
     is_counting,
     knob_of,
     link_of,
@@ -71,6 +72,9 @@ STEPS = Steps(
     )
 )
 step = STEPS.take
+
+#: Of all users together.
+EVENTS_PER_SECOND = 1000
 
 
 @contextlib.contextmanager
@@ -133,11 +137,15 @@ def start(configured: Policy, mode: Mode | None = None, *, events_per_second: in
         native.check_mode(wanted.mode)
         if not server():
             native.uncover()  # what a server that has died left
-        if not FOUND.exists():
+        ours = found.has("decide") or LOADED.exists()
+        if not (ours and FOUND.exists()):
             step("record the native knob")
-            # With a policy in force and its record lost, the knob's value is ours and not what was found.
-            write(FOUND, str(0 if found.has("decide") else native.read_knob()))
-            undo.callback(FOUND.unlink)
+            # With a policy in force and its record lost, the knob's value is ours and not what was found. A record that
+            # a killed start or stop has left may be older than a change that somebody made since: the stricter counts.
+            value = 0 if ours else min(native.read_knob(), found_knob(otherwise=1))
+            if not FOUND.exists():
+                undo.callback(FOUND.unlink)
+            write(FOUND, str(value))
         if found.complete and _same_object():
             knob = knob_of(wanted)
             changed = current != wanted or native.read_knob() != knob or found.counts_native is not (knob == 0)
@@ -211,7 +219,8 @@ def _mount(undo: contextlib.ExitStack) -> None:
 
 
 def _limit(fds: dict[str, int], events_per_second: int) -> None:
-    libbpf.store(fds["watching"], layout.Watching, "per_owner", events_per_second)
+    for name, number in (("per_owner", events_per_second), ("total", EVENTS_PER_SECOND)):
+        libbpf.store(fds["watching"], layout.Watching, name, number)
 
 
 def _replace(found: Pinned, wanted: Policy, held: contextlib.ExitStack, undo: contextlib.ExitStack) -> dict[str, int]:
@@ -226,13 +235,14 @@ def _replace(found: Pinned, wanted: Policy, held: contextlib.ExitStack, undo: co
     first = not found.has("decide") and not LOADED.exists()
     keep = {"policy"} if found.has("decide") else set()
     if not first and found.has("grant", "forget"):
-        keep |= {"grants", "counts", "events", "watching"}
+        keep |= {"grants", "counts", "events", "watching"} & found.fds.keys()
     try:
         obj = held.enter_context(libbpf.Object(features.OBJECT))
         layout.check(obj)
         for name in keep:
             # Another version may have another number of reasons to count.
-            if obj.map_size(layout.map_name(name))[0] == libbpf.info(found.fds[name], libbpf.MapInfo).value_size:
+            older = libbpf.info(found.fds[name], libbpf.MapInfo)
+            if obj.map_size(layout.map_name(name)) == (older.value_size, older.max_entries):
                 obj.reuse(layout.map_name(name), found.fds[name])
         if not libbpf.kernel_has_function("__ia32_sys_userfaultfd"):
             # It is loaded all the same, so that there is one way only, and never attached.
@@ -244,6 +254,9 @@ def _replace(found: Pinned, wanted: Policy, held: contextlib.ExitStack, undo: co
         raise Failure(f"cannot load the policy: {features.load_error(error)}", features.load_hint(error)) from error
     fds = {name: obj.map_fd(layout.map_name(name)) for name in PARTS if name not in USES}
     fds |= {name: obj.program_fd(name) for name in COUNTERS}
+    if wanted.audit and not found.has("decide"):
+        # What is attached below would refuse until the policy is set; the strict question is not asked of this.
+        libbpf.write(fds["policy"], layout.Word.of(wanted))
     try:
         for name in LINKS:
             if name == "decide" and first:
@@ -277,8 +290,11 @@ def _change(
     try:
         step("ask strictly")
         asker.ask(fds["witness"], Reason.DISABLED, strict=True)
-        step("set the policy")
+        value, due = native.read_knob(), knob_of(wanted)
         before = libbpf.read(fds["policy"], layout.Word)
+        if due < value:
+            _set_knob(due, value, undo)
+        step("set the policy")
         libbpf.write(fds["policy"], layout.Word.of(wanted))
         undo.callback(libbpf.write, fds["policy"], before)
         step("ask")
@@ -287,18 +303,22 @@ def _change(
             for part in PARTS:
                 step(f"pin {part}")
                 _pin(part, fds[part], pin_over.fds.get(part), undo)
-        value, due = native.read_knob(), knob_of(wanted)
-        if value != due:
-            step("set the native knob")
-            # Whatever went wrong after this, an older policy of ours or none needs no more than it had.
-            undo.callback(native.write_knob, value)
-            native.write_knob(due)
+        if due > value:
+            _set_knob(due, value, undo)
         if due:
             step("ask by system call")
             asker.ask(fds["witness"], expected, by_syscall=True, audit=wanted.audit)
         _count_native(fds, due == 0, undo)
     except OSError as error:
         raise Failure(f"cannot put the policy in force: {error}", "see uffdguard doctor") from error
+
+
+def _set_knob(due: int, value: int, undo: contextlib.ExitStack) -> None:
+    """Let the native knob be DUE; it is closed before the policy is set, and opened when that was seen to answer."""
+    step("set the native knob")
+    # Whatever went wrong after this, an older policy of ours or none needs no more than it had.
+    undo.callback(native.write_knob, value)
+    native.write_knob(due)
 
 
 def _count_native(fds: dict[str, int], wanted: bool, undo: contextlib.ExitStack) -> None:
@@ -344,8 +364,8 @@ def _pin_at(place: Path, fd: int) -> None:
     fresh.rename(place)
 
 
-def set_mode(mode: Mode) -> None:
-    """Switch the mode of a policy that is in force.
+def set_mode(mode: Mode) -> Policy:
+    """Switch the mode of a policy that is in force, and return what is then.
 
     :raises Failure: none is in force, or it does not answer.
     """
@@ -358,11 +378,11 @@ def set_mode(mode: Mode) -> None:
                 raise not_in_force()
             raise Failure(f"the policy is damaged: {', '.join(found.problems)}", "run uffdguard start")
         with Asker() as asker:
-            switch(found.fds, mode, asker)
+            return switch(found.fds, mode, asker)
 
 
-def switch(fds: dict[str, int], mode: Mode, asker: Asker) -> None:
-    """Switch the mode, for who has the lock and descriptors of the ``policy`` and ``witness`` that are decided by.
+def switch(fds: dict[str, int], mode: Mode, asker: Asker) -> Policy:
+    """Switch the mode and return what is then; for who has the lock and descriptors of what is decided by.
 
     :raises Failure: the mode does not exist here, or the policy does not answer.
     """
@@ -371,7 +391,25 @@ def switch(fds: dict[str, int], mode: Mode, asker: Asker) -> None:
     if current is None:
         raise Failure("the policy cannot be read", "run uffdguard start")
     with contextlib.ExitStack() as undo:
-        _change(fds, replace(current, mode=mode), asker, undo)
+        wanted = replace(current, mode=mode)
+        _change(fds, wanted, asker, undo)
+        undo.pop_all()
+    return wanted
+
+
+def set_found(fds: dict[str, int], value: int, asker: Asker) -> None:
+    """Take VALUE for what the native knob was found with, in audit: there it is meant for the kernel.
+
+    For who has the lock, as :func:`switch`.
+
+    :raises Failure: the policy does not answer, or is not in audit.
+    """
+    policy = read_policy(fds["policy"])
+    if policy is None or not policy.audit:
+        raise Failure("the policy is not in audit", "run uffdguard start --audit")
+    write(FOUND, str(value))
+    with contextlib.ExitStack() as undo:
+        _change(fds, policy, asker, undo)
         undo.pop_all()
 
 
@@ -411,7 +449,7 @@ def stop() -> bool:
         step("restore the native knob")
         if FOUND.exists():
             # Only a 1 that was found opens it; what cannot be read does not.
-            native.write_knob(int(FOUND.read_bytes().strip() == b"1"))
+            native.write_knob(found_knob(otherwise=0))
             FOUND.unlink()
         # The server's files, and what a kill has left.
         for path in native.RUN.iterdir():

@@ -172,7 +172,7 @@ def _holder(setting: Setting, threads: list[layout.Thread], userfaultfds: int, k
     )
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def user_of(uid: int) -> str:
     """Return the name of a user, or the uid where it has none."""
     import pwd
@@ -199,7 +199,7 @@ def control_group(text: str) -> str:
     return named.get("name=systemd") or named.get("") or ""
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def unit(cgroup: str) -> str:
     """Return the systemd units, pods and containers that a control group is in, outermost first.
 
@@ -358,7 +358,7 @@ def why(setting: Setting, subject: Subject, found: Verdict) -> str:
         case "disabled":
             return f"mode is disabled, and {who} {subject.capability}"
     if setting.policy and setting.policy.audit:
-        return f"in audit vm.unprivileged_userfaultfd stays as it was found, which is 0, and {who} {subject.capability}"
+        return f"in audit vm.unprivileged_userfaultfd is left as it was, which is 0, and {who} {subject.capability}"
     if setting.policy:
         return f"vm.unprivileged_userfaultfd is 0, which does not fit mode {setting.policy.mode}"
     return f"no policy is in force, vm.unprivileged_userfaultfd is {setting.knob}, and {who} {subject.capability}"
@@ -373,12 +373,18 @@ def would_allow(setting: Setting, subject: Subject) -> Iterator[str]:
         yield opened
     if verdict(setting, replace(request, capability=True)).allowed:
         yield "CAP_SYS_PTRACE effective, in the initial user namespace"
-    if verdict(replace(setting, knob=1), request).allowed:
+    audit = bool(policy and policy.audit)
+    if audit and policy:
+        # Only the knob refuses there, and it stays as it was found.
+        setting = Setting(replace(policy, audit=False), 1)
+        if verdict(setting, request).allowed:
+            yield "uffdguard start --enforce, which sets the knob"
+    elif verdict(replace(setting, knob=1), request).allowed:
         yield "uffdguard start, which sets the knob" if policy else "vm.unprivileged_userfaultfd = 1, for everybody"
     for mode in native.modes():
         if policy and mode is policy.mode:
             continue
-        command = f"uffdguard {'mode' if policy else 'start --mode'} {mode}"
+        command = f"uffdguard {'start --enforce --mode' if audit else 'mode' if policy else 'start --mode'} {mode}"
         other = Setting(Policy(mode, bool(policy and policy.user_mode_only)), mode.native_value)
         if verdict(other, request).allowed:
             yield command + (", for everybody" if mode is Mode.ENABLED else "")

@@ -19,7 +19,7 @@ from uffdguard.kernel import native
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-#: The number of the newest event that is in the journal; locked by who writes there.
+#: The map and the number of the newest event that is in the journal; locked by who writes there.
 WRITTEN = native.RUN / "log"
 
 #: What tells our entries from all others: one for an event, one for events of which only the number is known.
@@ -51,7 +51,7 @@ def of_missing(suppressed: int, lost: int) -> dict[str, str]:
 
 
 def follow(*, everything: bool) -> NoReturn:
-    """Write events to the journal, each once, for as long as a policy is in force.
+    """Write events to the journal for as long as a policy is in force.
 
     :param everything: the allowed ones, too.
     :raises Failure: no policy is in force, there is no journal, or another writes there.
@@ -65,10 +65,9 @@ def follow(*, everything: bool) -> NoReturn:
         fcntl.flock(written, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Failure("the journal is being written already", "see systemctl status uffdguard-log") from None
-    last = 0
+    stream = events.Stream(everything=everything)
     with contextlib.suppress(ValueError):
-        last = int(os.pread(written, 64, 0))
-    stream = events.Stream(last, everything=everything)
+        stream.map, stream.last = map(int, os.pread(written, 64, 0).split())
     try:
         journal = JournaldTransport()
         while True:
@@ -78,8 +77,8 @@ def follow(*, everything: bool) -> NoReturn:
                     journal.send(of_event(event).items())
             if batch.suppressed or batch.lost:
                 journal.send(of_missing(batch.suppressed, batch.lost).items())
-            if batch.events:
-                os.pwrite(written, b"%020d\n" % (stream.last or 0), 0)
+            if batch.events or batch.lost:
+                os.pwrite(written, b"%020d %020d\n" % (stream.map or 0, stream.last or 0), 0)
             time.sleep(events.INTERVAL)
     except OSError as error:
         raise Failure(f"the journal does not take entries: {error}", "is systemd-journald running?") from error

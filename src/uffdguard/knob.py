@@ -346,6 +346,9 @@ class Server:
         if not int(_status(pid, "CapEff") or "0", 16) >> CAP_SYS_ADMIN & 1:
             log.warning("refused to write: %s has no CAP_SYS_ADMIN", who)
             raise OSError(errno.EPERM, "no CAP_SYS_ADMIN")
+        if not offset and self.current().audit and data.strip() in (b"0", b"1"):
+            self.change(lambda: guard.set_found(self.held, int(data), self.asker))
+            return len(data)
         try:
             if offset:
                 raise ValueError("not at the start")
@@ -353,16 +356,20 @@ class Server:
         except ValueError:
             log.warning("refused to write %r, which is none of %s: %s", data[:LONGEST], ", ".join(self.words), who)
             raise OSError(errno.EINVAL, "none of the words") from None
-        try:
-            with guard.locked(), self.holding:
-                self.hold()
-                guard.switch(self.held, mode, self.asker)
-        except Failure as error:
-            log.error("%s", error)
-            raise OSError(errno.EIO, str(error)) from error
+        self.change(lambda: guard.switch(self.held, mode, self.asker))
         if self.current().audit:
             log.warning("mode %s in audit: refusals are counted and told, and let pass: %s", mode, who)
         return len(data)
+
+    def change(self, how: Callable[[], object]) -> None:
+        """Change something of what is pinned now; EIO when that fails."""
+        try:
+            with guard.locked(), self.holding:
+                self.hold()
+                how()
+        except Failure as error:
+            log.error("%s", error)
+            raise OSError(errno.EIO, str(error)) from error
 
     @staticmethod
     def accepts_numbers() -> bool:

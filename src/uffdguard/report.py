@@ -27,7 +27,7 @@ STRICTNESS = (Mode.DISABLED, Mode.KVM, Mode.ENABLED)
 class Who(NamedTuple):
     """Whose uses are counted together. Names that others chose have escapes for what does not print."""
 
-    #: The path of the executable, or where that is not known the command's name.
+    #: The path of the executable, or its file's name where none of its processes lived long enough.
     program: str
     user: str
     unit: str
@@ -43,6 +43,13 @@ class Uses:
     user_mode_only: int = 0
     #: How often each policy would have refused.
     refused: Counter[Policy] = field(default_factory=Counter)
+
+    def add(self, other: Uses) -> None:
+        """Count OTHER's as well."""
+        self.asked += other.asked
+        self.ways += other.ways
+        self.user_mode_only += other.user_mode_only
+        self.refused += other.refused
 
     def told(self, policy: Policy) -> str:
         """Say what POLICY would have answered."""
@@ -66,7 +73,9 @@ class Report:
 
     #: What the configuration says; with it each mode is asked what it would have done.
     user_mode_only: bool
-    uses: dict[Who, Uses] = field(default_factory=lambda: defaultdict(Uses))
+    #: By the device and inode of the executable, the user and the unit.
+    by_file: dict[tuple[tuple[str, int], str, str], Uses] = field(default_factory=lambda: defaultdict(Uses))
+    names: dict[tuple[str, int], str] = field(default_factory=dict)
     #: By the hour, in local time: how often allowed and refused then.
     hours: dict[datetime, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     first: datetime | None = None
@@ -87,6 +96,14 @@ class Report:
     def asked(self) -> int:
         """How many uses are counted."""
         return self.allowed + self.refused
+
+    @property
+    def uses(self) -> dict[Who, Uses]:
+        """What each program of each user and unit has asked for."""
+        found: dict[Who, Uses] = defaultdict(Uses)
+        for (file, user, unit), uses in self.by_file.items():
+            found[Who(self.names[file], user, unit)].add(uses)
+        return found
 
     @property
     def programs(self) -> int:
@@ -117,7 +134,10 @@ class Report:
             self.refused += 1
             self.not_enforced += not event.enforced
         program, user, unit = map(one_line, (event.executable or event.command, event.user, event.unit))
-        uses = self.uses[Who(program, user, unit)]
+        file = (event.exe_device, event.exe_inode)
+        if file not in self.names or program.startswith("/"):
+            self.names[file] = program
+        uses = self.by_file[file, user, unit]
         uses.asked += 1
         uses.ways[event.way] += 1
         uses.user_mode_only += event.user_mode_only

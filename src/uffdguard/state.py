@@ -58,9 +58,8 @@ def is_counting(counter: str, program: libbpf.ProgramInfo) -> bool:
     except OSError:
         return False
     try:
-        return bool(libbpf.program_of_link(link).id == program.id)
-    except OSError:  # no link
-        return False
+        # Not by libbpf.program_of_link(), which needs CAP_SYS_ADMIN: the server of the interface file has none.
+        return bool(libbpf.info(link, libbpf.LinkInfo).prog_id == program.id)
     finally:
         os.close(link)
 
@@ -103,11 +102,15 @@ def read_policy(fd: int) -> Policy | None:
 
 def knob_of(policy: Policy) -> int:
     """Return what the native knob is to be under POLICY: as it was found, where nothing is enforced."""
-    if not policy.audit:
-        return policy.mode.native_value
-    with contextlib.suppress(OSError):
+    return found_knob(otherwise=0) if policy.audit else policy.mode.native_value
+
+
+def found_knob(*, otherwise: int) -> int:
+    """Return the native knob as it was found, or OTHERWISE where that is not recorded; what cannot be read is 0."""
+    try:
         return int(FOUND.read_bytes().strip() == b"1")
-    return 0
+    except FileNotFoundError:
+        return otherwise
 
 
 def server() -> int | None:
@@ -201,8 +204,8 @@ def not_in_force() -> Failure:
     return Failure("the policy is not in force", "run uffdguard start")
 
 
-def current_mode() -> Mode:
-    """Return the mode in force.
+def current_policy() -> Policy:
+    """Return the policy in force.
 
     :raises Failure: none is in force, or it cannot be told.
     """
@@ -211,7 +214,7 @@ def current_mode() -> Mode:
         policy = found.policy()
         if policy is None or not found.has("decide"):
             raise not_in_force()
-        return policy.mode
+        return policy
 
 
 #: What /proc/sys/vm/unprivileged_userfaultfd is: the kernel's own file, ours, or ours without a server.

@@ -144,7 +144,7 @@ def test_a_kill_at_any_step_is_mended_by_install_and_by_uninstall(
             mended_by()
         if mended_by is again:
             assert config.load().policy == Policy(Mode.ENABLED)
-            assert len(written(root)) == 8
+            assert len(written(root)) == 9
             assert install.uninstall() == []
         assert written(root) == {}
         if not killed:

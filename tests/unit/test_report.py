@@ -9,6 +9,7 @@ import re
 import resource
 import subprocess
 import sys
+import zlib
 from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -79,6 +80,8 @@ HOSTILE = [
 
 
 def entry(event: Event, uid: int = 0) -> dict[str, str]:
+    """Return an entry whose executable is a file of its own for each name."""
+    event = replace(event, exe_inode=zlib.crc32((event.executable or event.command).encode()))
     return {**journal.of_event(event), "_UID": str(uid), "_PID": "1"}
 
 
@@ -120,6 +123,16 @@ def counted(*events: Event, user_mode_only: bool = False) -> report.Report:
         found.add(json.dumps(entry(event)).encode())
     assert not found.damaged
     return found
+
+
+def test_a_program_is_one_file_and_has_its_path_once_that_is_known() -> None:
+    """Processes that end too soon are known by the file alone."""
+    short, long = replace(EVENT, executable="python3.11"), replace(EVENT, executable="/usr/bin/python3.11")
+    other = replace(short, exe_inode=short.exe_inode + 1)
+    found = report.Report(False)
+    for event in (short, long, short, other):
+        found.add(json.dumps(journal.of_event(event)).encode())
+    assert {who.program: uses.asked for who, uses in found.uses.items()} == {"/usr/bin/python3.11": 3, "python3.11": 1}
 
 
 def test_uses_are_counted_by_program_user_and_unit(journal_of: Journal, run: Run) -> None:

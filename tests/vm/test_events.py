@@ -85,7 +85,7 @@ class TestAnEvent:
             found.st_ino,
             f"{os.major(found.st_dev)}:{os.minor(found.st_dev)}",
         )
-        assert event.executable == ""  # it has ended
+        assert event.executable == ACTOR.name  # it has ended
 
     @pytest.mark.parametrize(
         ("step", "way", "flags"),

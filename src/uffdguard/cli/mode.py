@@ -21,7 +21,7 @@ def command(mode: Mode | None) -> None:
     if mode:
         from uffdguard import guard
 
-        guard.set_mode(mode)
+        policy = guard.set_mode(mode)
     else:
         from uffdguard import state
         from uffdguard.kernel import native
@@ -29,5 +29,10 @@ def command(mode: Mode | None) -> None:
         # What everybody may read; the pins are for root alone.
         if os.geteuid() and native.is_covered():
             click.echo(native.FILE.read_text(), nl=False)
-        else:
-            click.echo(interface_line(state.current_mode(), native.modes()))
+            return
+        policy = state.current_policy()
+        click.echo(interface_line(policy.mode, native.modes()))
+    if policy.audit:
+        from uffdguard.cli import render
+
+        click.echo(f"{render.coloured('audit')}: refusals are counted and told, and let pass", err=True)

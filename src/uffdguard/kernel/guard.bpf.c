@@ -45,8 +45,22 @@ struct inode {
 	unsigned long i_ino;
 };
 
+struct qstr {
+	__u32 len;
+	const unsigned char *name;
+};
+
+struct dentry {
+	struct qstr d_name;
+};
+
+struct path {
+	struct dentry *dentry;
+};
+
 struct file {
 	unsigned int f_mode;
+	struct path f_path;
 	struct inode *f_inode;
 };
 
@@ -95,11 +109,6 @@ struct task_struct {
 
 struct pt_regs {
 	unsigned long bx, cx, dx, si, di, orig_ax;
-};
-
-struct qstr {
-	__u32 len;
-	const unsigned char *name;
 };
 
 struct bpf_iter__task_file {
@@ -212,6 +221,7 @@ struct event {
 	__u8 granted;
 	__u8 unused;
 	char command[16];
+	char executable[40]; /* its file's name, without the directories */
 };
 
 #define EVENTS 2048
@@ -234,7 +244,7 @@ struct {
 
 struct watching {
 	__u64 told; /* the number of the newest event */
-	__u64 window; /* of all owners, see take() */
+	__u64 window; /* of all, see take() */
 	__u64 all_until; /* ns since boot; till then somebody wants to see the allowed ones */
 	__u32 per_owner; /* events a second */
 	__u32 total;
@@ -242,14 +252,26 @@ struct watching {
 	__u32 unused;
 };
 
-volatile struct watching watching SEC(".data.watching") = { .per_owner = 20, .total = 500, .round = 1 };
+volatile struct watching watching SEC(".data.watching") = { .per_owner = 20, .total = 1000, .round = 1 };
+
+/* What was told in a second, see take(): of an owner's refusals, of what an owner was allowed, of a control group. */
+enum window {
+	WINDOW_REFUSED,
+	WINDOW_ALLOWED,
+	WINDOW_GROUP,
+};
+
+struct window_key {
+	__u64 whose;
+	__u64 what;
+};
 
 struct {
 	__uint(type, BPF_MAP_TYPE_LRU_HASH);
-	__uint(max_entries, 1024);
-	__type(key, __u32);
+	__uint(max_entries, 4096);
+	__type(key, struct window_key);
 	__type(value, __u64);
-} owners SEC(".maps");
+} windows SEC(".maps");
 
 /* By what decide() tells see_native() that it has refused the call that this task is in: the round. */
 struct {
@@ -357,7 +379,7 @@ static __always_inline int take(volatile __u64 *window, __u64 now, __u32 limit)
 	return (__u32)__sync_fetch_and_add(window, 1) < limit;
 }
 
-/* Whose limit an event counts against: subordinate uids, and user namespaces in others, have one between them. */
+/* Whose limit an event counts against: all user namespaces of a user, and those in them, have one between them. */
 static __always_inline __u32 owner_of(const struct cred *cred)
 {
 	struct user_namespace *ns = cred->user_ns;
@@ -370,28 +392,49 @@ static __always_inline __u32 owner_of(const struct cred *cred)
 	return ns->owner.val;
 }
 
+static __always_inline int take_of(enum window what, __u64 whose, __u64 now, __u32 limit)
+{
+	struct window_key key = { whose, what };
+	__u64 *window, fresh = 0;
+
+	window = bpf_map_lookup_elem(&windows, &key);
+	if (!window) {
+		bpf_map_update_elem(&windows, &key, &fresh, BPF_NOEXIST);
+		window = bpf_map_lookup_elem(&windows, &key);
+	}
+	return window && take(window, now, limit);
+}
+
+/*
+ * Whether this event is told. A control group of the second level is a user's slice, a service or a container: who can
+ * become many users, by setuid programs of subordinate uids say, stays in one.
+ */
+static __always_inline int is_told(enum reason reason, __u32 owner, __u64 now)
+{
+	__u64 group = bpf_get_current_ancestor_cgroup_id(2);
+
+	return take_of(reason < REASON_DISABLED ? WINDOW_ALLOWED : WINDOW_REFUSED, owner, now, watching.per_owner) &&
+	       (!group || take_of(WINDOW_GROUP, group, now, 5 * watching.per_owner)) &&
+	       take(&watching.window, now, watching.total);
+}
+
 static __noinline int tell(enum reason reason, __u32 policy, int enforced)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
 	const struct cred *cred = task->cred;
-	__u64 now = bpf_ktime_get_boot_ns(), second = now / 1000000000, *window, fresh = 0;
+	__u64 now = bpf_ktime_get_boot_ns();
 	union policy then = { .word = policy };
 	struct file *executable;
 	struct slot slot = {};
 	struct event *event = &slot.event;
 	__u32 flags, key = owner_of(cred);
 
-	event->owner = key;
-	window = bpf_map_lookup_elem(&owners, &key);
-	if (!window) {
-		bpf_map_update_elem(&owners, &key, &fresh, BPF_NOEXIST);
-		window = bpf_map_lookup_elem(&owners, &key);
-	}
-	if (!window || !take(window, second, watching.per_owner) || !take(&watching.window, second, watching.total)) {
+	if (!is_told(reason, key, now / 1000000000)) {
 		count(suppressed, 1);
 		return 0;
 	}
 
+	event->owner = key;
 	event->time = now;
 	event->pid = task->tgid;
 	event->tid = task->pid;
@@ -402,6 +445,8 @@ static __noinline int tell(enum reason reason, __u32 policy, int enforced)
 	if (executable) {
 		event->exe_inode = executable->f_inode->i_ino;
 		event->exe_device = executable->f_inode->i_sb->s_dev;
+		bpf_probe_read_kernel_str(event->executable, sizeof(event->executable),
+					  BPF_CORE_READ(executable, f_path.dentry, d_name.name));
 	}
 	event->way = way_of(task, &flags);
 	event->flags = flags;

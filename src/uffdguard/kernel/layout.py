@@ -78,6 +78,7 @@ class Event(ctypes.Structure):
         ("granted", c_uint8),
         ("unused", c_uint8),
         ("command", c_char * 16),
+        ("executable", c_char * 40),
     )
 
 
