@@ -42,7 +42,7 @@ def a_journal() -> Iterator[None]:
 
 def test_it_counts_what_root_wrote_and_nothing_else() -> None:
     # Of more bytes than journalctl shows of a field unless it is asked to.
-    far = replace(EVENT, executable="/" + r"\x1b" * 2000)
+    far = replace(EVENT, exe_inode=1, executable="/" + r"\x1b" * 2000)
     send(*[journal.of_event(EVENT)] * 3, journal.of_event(far), journal.of_missing(4, 5))
     send(*[journal.of_event(EVENT)] * 7, journal.of_missing(1000, 1000), user=USER)
     send({"MESSAGE_ID": journal.EVENT_ID, "MESSAGE": "damaged"})
