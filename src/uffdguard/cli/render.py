@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sys
 from typing import TYPE_CHECKING, Any
+from unicodedata import east_asian_width
 
 import click
 
@@ -31,7 +33,7 @@ def columns(rows: Iterable[Sequence[str]], *, cut: Sequence[int] = ()) -> None:
     :param cut: the columns that give way on a terminal that is too narrow, the widest first.
     """
     rows = [tuple(row) for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(map(cells_of, column)) for column in zip(*rows, strict=True)]
     if cut and sys.stdout.isatty():
         room = shutil.get_terminal_size().columns - 2 * len(widths) + 2
         while sum(widths) > room and max(widths[column] for column in cut) > 7:
@@ -51,7 +53,7 @@ def line(cells: Sequence[str], widths: Sequence[int], limit: int | None) -> str:
     left = limit
     for text, width in zip(cells, widths, strict=True):
         if left is None:
-            shown.append(_cell(text, max(width, len(text))))
+            shown.append(_cell(text, max(width, cells_of(text))))
             continue
         if left <= 0:
             break
@@ -68,11 +70,21 @@ def bar(part: int, whole: int, width: int) -> str:
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
+def cells_of(text: str) -> int:
+    """Return how many columns of a terminal TEXT takes, or a few more where it has combining characters."""
+    return len(text) + sum(east_asian_width(character) in "WF" for character in text)
+
+
+def _beginning(text: str, width: int) -> str:
+    ends = itertools.accumulate(map(cells_of, text))
+    return text[: sum(end <= width for end in ends)]
+
+
 def _cell(text: str, width: int) -> str:
-    if len(text) > width:
+    if cells_of(text) > width:
         # The end of a path tells most.
-        text = f"…{text[1 - width :]}" if text.startswith("/") else f"{text[: width - 1]}…"
-    return coloured(text) + " " * (width - len(text))
+        text = f"…{_beginning(text[::-1], width - 1)[::-1]}" if text[0] == "/" else f"{_beginning(text, width - 1)}…"
+    return coloured(text) + " " * (width - cells_of(text))
 
 
 def coloured(word: str) -> str:
