@@ -78,7 +78,7 @@ class Batch:
 
     events: list[Event]
     suppressed: int  # over a limit
-    lost: int  # overwritten before they were read
+    lost: int  # overwritten before they were read, or of another version's kernel side with words that we have not
 
 
 class Stream:
@@ -139,7 +139,8 @@ class Stream:
                 self.last = number
         before, self._suppressed = self._suppressed, suppressed
         more = 0 if before is None else suppressed - before
-        return Batch([event_of(record) for record in records], more, lost)
+        events = [event for event in map(event_of, records) if event]
+        return Batch(events, more, lost + len(records) - len(events))
 
     def _is_overdue(self) -> bool:
         now = time.monotonic()
@@ -147,8 +148,10 @@ class Stream:
         return now - self._waiting > PATIENCE
 
 
-def event_of(record: layout.Event) -> Event:
-    """Give names to what the kernel side has told."""
+def event_of(record: layout.Event) -> Event | None:
+    """Give names to what the kernel side has told; None: one of its words is not known."""
+    if record.reason > len(layout.REASONS) or record.way >= len(layout.WAYS) or record.mode >= len(layout.MODES):
+        return None
     native = record.reason == len(layout.REASONS)
     reason = None if native else layout.REASONS[record.reason]
     cgroup = one_line(cgroup_of(record.cgroup))
