@@ -234,9 +234,9 @@ def _over_time(hours: dict[datetime, Counter[str]]) -> list[str]:
     time, last = min(hours), max(hours)
     what, shape, length = next((unit for unit in UNITS if last - time < COLUMNS * unit[2]), UNITS[-1])
     slots: dict[str, Counter[str]] = {}
-    while time <= last:
-        slots.setdefault(time.strftime(shape), Counter())
-        time += min(length, timedelta(days=1))
+    step = min(length, timedelta(days=28))  # into each month
+    for number in range((last - time) // step + 1):
+        slots.setdefault((time + number * step).strftime(shape), Counter())
     for hour, counts in hours.items():
         slots.setdefault(hour.strftime(shape), Counter()).update(counts)
 
