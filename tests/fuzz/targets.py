@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import errno
 import fcntl
 import functools
 import importlib
 import io
 import itertools
+import json
 import os
 import re
 import shutil
@@ -21,14 +23,20 @@ import sys
 import tempfile
 import threading
 import tomllib
+import unicodedata
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 from uffdguard import cli, config, guard, inspect, install, knob, page, report, state
+from uffdguard import events as decisions
+from uffdguard.cli.report import facts, show
+from uffdguard.cli.watch import Lines, Objects
 from uffdguard.errors import Failure, one_line
-from uffdguard.kernel import features, native, probe
+from uffdguard.journal import MISSING_ID, of_event, to_event
+from uffdguard.kernel import features, layout, native, probe
 from uffdguard.lab import kernels, vm
 from uffdguard.policy import Mode, Policy
 
@@ -356,7 +364,7 @@ def arguments(data: bytes) -> None:
         assert status, told
         assert told.endswith("\n")
         check_line(told[:-1])
-        assert not shown
+        assert not shown or "watch" in words  # until the policy is gone
     if status == 2:
         assert told
         assert not done
@@ -455,3 +463,99 @@ def archive(data: bytes) -> None:
             assert all(package.endswith(release) for package in packages)
         except Failure as failure:
             check_line(str(failure))
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+#: What only a terminal gets: a colour, and what has a line take the place of the last.
+SEQUENCES = re.compile(r"\x1b\[(?:\d*m|1A\x1b\[2K)")
+
+
+def printed(act: Callable[[], object], width: int | None = None) -> list[str]:
+    """Return the lines that ACT prints, on a terminal of WIDTH or into a pipe; each is one, whatever it quotes."""
+    out = io.StringIO() if width is None else Terminal()
+    with (
+        replaced(sys, stdout=out),
+        patch("shutil.get_terminal_size", lambda: os.terminal_size((width or 80, 24))),
+        watch,
+    ):
+        act()
+    text = out.getvalue()
+    assert text.endswith("\n")
+    lines = text[:-1].split("\n")
+    if width is not None:
+        lines = [SEQUENCES.sub("", line) for line in lines]
+    for line in filter(None, lines):
+        check_line(line)
+    return lines
+
+
+@target
+def events(data: bytes) -> None:
+    """A record of the kernel side, whatever it has: it is passed over, or shown in one line, which fits the terminal.
+
+    The terminal's width, the record, then the paths of the control group and of the program, separated by ``\\0``.
+    """
+    width, data = data[0] if data else 0, data[1:]
+    size = ctypes.sizeof(layout.Event)
+    record = layout.Event.from_buffer_copy(data[:size].ljust(size, b"\0"))
+    cgroup, _, program = data[size:].partition(b"\0")
+    find = decisions.executable_of
+    with (
+        replaced(
+            decisions,
+            cgroup_of=lambda number: os.fsdecode(cgroup),
+            executable_of=lambda record: (find(record), os.fsdecode(program))[1],
+        ),
+        watch,
+    ):
+        event = decisions.event_of(record)
+    known = record.way < len(layout.WAYS) and record.mode < len(Mode) and record.reason <= len(layout.REASONS)
+    assert (event is not None) == known
+    if event is None:
+        return
+    check_line(event.line)
+    assert to_event(of_event(event)) == event
+    assert to_event(json.loads(json.dumps(of_event(event)))) == event
+
+    (line,) = printed(lambda: Objects().events([event]))
+    assert json.loads(line) == {**asdict(event), "flags": list(event.flags)}
+    lines = printed(lambda: Lines().events([event]))
+    assert len(lines) == 2
+
+    def twice() -> None:
+        printer = Lines()
+        printer.events([event])
+        printer.events([event])
+
+    lines = printed(twice, width or 1)
+    assert len(lines) == 3
+    for line in lines:
+        assert sum(1 + (unicodedata.east_asian_width(character) in "WF") for character in line) <= (width or 1), line
+
+
+@target
+def journal(data: bytes) -> None:
+    """Lines of journalctl: each is a use, or a number of events that are missing, or counted as damaged; all is shown.
+
+    A byte for the option user-mode-only, then the lines.
+    """
+    found = report.Report(user_mode_only=data[:1] > b"0")
+    for line in data[1:].split(b"\n"):
+        before = found.asked + found.damaged
+        with watch:
+            found.add(line)
+        if found.asked + found.damaged == before:
+            assert line.startswith(b"-- ") or json.loads(line)["MESSAGE_ID"] == MISSING_ID
+        else:
+            assert found.asked + found.damaged == before + 1
+    with watch:
+        assert page.html(found).replace("\n", "").isprintable()
+        told = facts(found)
+    assert (told["asked"], told["damaged"]) == (found.asked, found.damaged)
+    json.dumps(told)
+    for width in (None, 80):
+        printed(lambda: show(found), width)
