@@ -31,7 +31,7 @@ TIMEOUT = 3600
 LAB = $(VENV)/uffdguard lab --cpus 2 --memory 2G --append syscall.x32=y --timeout $(TIMEOUT) --kernel
 
 .PHONY: all setup packages packages-deb demo test test-unit test-host test-vm test-cost test-long test-clients-long \
-	test-matrix test-boot bench bench-programs dashboard fuzz lint format wheel deb clean
+	test-matrix test-mutations test-boot bench bench-programs dashboard fuzz lint format wheel deb clean
 
 all: setup $(OBJECTS) build/actor build/driver build/driver32
 
@@ -133,6 +133,10 @@ test-long-%: all
 # What of docs/programs.md takes too long for every run: 15 minutes or so.
 test-clients-long: all build/newer build/selftests
 	$(LAB) $(KERNEL) -- $(VENV)/pytest -m long tests/clients
+
+# Faults put into guard.bpf.c, and which tests see them: 10 minutes or so.
+test-mutations: all
+	PYTHONPATH=. $(VENV)/python tests/mutations.py $(LAB) $(KERNEL) --
 
 # A Debian of its own, booted with systemd, the package installed, upgraded and removed: 10 minutes or so.
 test-boot: packages-deb all

@@ -19,6 +19,17 @@ __all__ = ["in_force", "lab", "nothing_in_force"]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--steps", type=int, default=400, help="steps of the model against the kernel")
+    parser.addoption("--mutant", type=Path, help="the object to load: tests/mutations.py")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if mutant := config.getoption("--mutant"):
+        from hypothesis import Phase, settings
+
+        features.OBJECT = mutant
+        # That it fails is enough: to make the example short takes minutes.
+        settings.register_profile("mutant", phases=[Phase.generate])
+        settings.load_profile("mutant")
 
 
 @pytest.fixture
