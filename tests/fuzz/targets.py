@@ -184,7 +184,7 @@ def interface(data: bytes) -> None:
     A byte of facts, the name of the process that writes, ``\\0``, what it writes.
     """
     facts = data[0] if data else 0
-    capable, numeric, kvm, later = (bool(facts >> bit & 1) for bit in range(4))
+    capable, numeric, kvm, later, audit = (bool(facts >> bit & 1) for bit in range(5))
     name, _, written = data[1:].partition(b"\0")
     capabilities = b"000001ffffffffff" if capable else b"0000000000000000"
     (scratch() / "7").mkdir(exist_ok=True)
@@ -201,7 +201,12 @@ def interface(data: bytes) -> None:
         replaced(native, PROC=scratch()),
         replaced(guard, locked=contextlib.nullcontext, switch=lambda held, mode, asker: asked.append(mode)),
         replaced(knob, log=log),
-        replaced(knob.Server, hold=lambda self: None, accepts_numbers=lambda self: numeric),
+        replaced(
+            knob.Server,
+            hold=lambda self: None,
+            accepts_numbers=lambda self: numeric,
+            current=lambda self: Policy(audit=audit),
+        ),
         watch,
     ):
         try:
