@@ -7,8 +7,9 @@ FILE=/proc/sys/vm/unprivileged_userfaultfd
 
 tell() { printf '%s=%s\n' "$1" "$(tr '\n' ';' <<<"$2" | sed 's/;*$//')" >/dev/ttyS1; }
 as() { local user=$1; shift; runuser -u "$user" -- "$@"; }
-units() { systemctl is-active uffdguard uffdguard-knob; }
-served() { for _ in $(seq 200); do grep -q kvm $FILE && [ "$(units)" = $'active\nactive' ] && break; sleep 0.2; done; }
+units() { systemctl is-active uffdguard uffdguard-knob uffdguard-log; }
+served() { for _ in $(seq 200); do grep -q kvm $FILE && [ "$(units)" = $'active\nactive\nactive' ] && break; sleep 0.2; done; }
+logged() { journalctl -b -o cat UFFDGUARD_VERDICT=refused "$@" | sed 's/pid [0-9]*/pid N/'; }
 settle() { for _ in $(seq 100); do [ "$(systemctl is-system-running)" = starting ] || break; sleep 1; done; }
 
 # Whoever installs it where no BPF LSM is.
@@ -33,6 +34,10 @@ on() {
 	tell status "$(uffdguard status | sed -n 's/^\(policy\|mode\|interface file\) *//p' | sed 's/ since.*//')"
 	tell refused "$(as stranger /root/actor syscall syscall:1)"
 	tell allowed "$(as user /root/actor open:/dev/kvm syscall syscall:1 fork syscall)"
+	for _ in $(seq 50); do logged UFFDGUARD_USER=user | grep -q . && break; sleep 0.2; done
+	tell logged "$(logged)"
+	tell report "$(uffdguard report | head -1)"
+	tell metrics "$(uffdguard metrics 2>&1)"
 	tell mode-for-users "$(as stranger uffdguard mode)"
 	tell security "$(systemd-analyze security uffdguard-knob.service | tail -1)"
 	tell resident "$(systemctl show -p MainPID --value uffdguard-knob | xargs -I{} grep ^Rss: /proc/{}/smaps_rollup)"

@@ -130,20 +130,20 @@ KVM = "disabled enabled [kvm]"
 
 def test_where_it_cannot_enforce_it_installs_and_says_so_in_the_journal(incapable: dict[str, str]) -> None:
     assert incapable["installed"] == "0"
-    assert incapable["units"] == "failed;inactive"
+    assert incapable["units"] == "failed;inactive;inactive"
     assert "the policy cannot be put in force here: LSM list: no bpf in lockdown" in incapable["journal"]
     assert "boot with lsm=" in incapable["journal"]
     assert incapable["file"] == "0"
 
 
 def test_a_switch_on_the_kernel_command_line_keeps_it_out_for_one_boot(off: dict[str, str]) -> None:
-    assert off["units"] == "inactive;inactive"
+    assert off["units"] == "inactive;inactive;inactive"
     # What sysctl.d says then is not for the native file either: it is no number.
     assert off["file"] == "0"
 
 
 def test_from_early_boot_on_the_mode_is_that_of_sysctl_d(on: dict[str, str]) -> None:
-    assert on["units"] == "active;active"
+    assert on["units"] == "active;active;active"
     assert on["file"] == KVM
     assert on["status"] == "in force;kvm;served"
     assert on["mode-for-users"] == KVM
@@ -152,6 +152,16 @@ def test_from_early_boot_on_the_mode_is_that_of_sysctl_d(on: dict[str, str]) -> 
 def test_a_stranger_is_refused_and_who_opens_kvm_is_allowed(on: dict[str, str]) -> None:
     assert on["refused"] == "EPERM;EPERM"
     assert on["allowed"] == "allowed;allowed;allowed;EPERM"
+
+
+def test_each_refusal_is_in_the_journal(on: dict[str, str]) -> None:
+    refused = "userfaultfd refused (no-kvm): actor, pid N, user"
+    assert on["logged"] == ";".join([f"{refused} stranger"] * 2 + [f"{refused} user"])
+    assert on["report"].startswith("3 uses of userfaultfd by 1 program, ")
+
+
+def test_what_needs_a_library_that_is_only_recommended_says_so(on: dict[str, str]) -> None:
+    assert on["metrics"] == "uffdguard: prometheus_client is missing; apt install python3-prometheus-client"
 
 
 def test_the_knobs_service_is_hardened_and_small(on: dict[str, str]) -> None:
@@ -171,7 +181,7 @@ def test_a_wrong_word_is_refused_and_logged(on: dict[str, str]) -> None:
 
 
 def test_a_killed_knob_comes_back(on: dict[str, str]) -> None:
-    assert on["killed"] == f"{KVM};active;active"
+    assert on["killed"] == f"{KVM};active;active;active"
 
 
 def test_a_reload_keeps_the_mode_that_is_set(on: dict[str, str]) -> None:
@@ -179,19 +189,19 @@ def test_a_reload_keeps_the_mode_that_is_set(on: dict[str, str]) -> None:
 
 
 def test_a_restart_keeps_the_mode_that_is_set(on: dict[str, str]) -> None:
-    assert on["restarted"] == "disabled [enabled] kvm;active;active"
+    assert on["restarted"] == "disabled [enabled] kvm;active;active;active"
 
 
 def test_an_upgrade_has_no_gap_and_keeps_mode_and_grants(on: dict[str, str]) -> None:
-    assert on["after-upgrade"] == f"{KVM};active;active;9.0"
+    assert on["after-upgrade"] == f"{KVM};active;active;active;9.0"
     assert on["upgrade-refused"] == "EPERM"
     assert on["upgrade-granted"] == "allowed"
     assert all(int(number) > 5 for number in on["upgrade-asked"].split())
 
 
 def test_stop_and_start_do_what_one_expects(on: dict[str, str]) -> None:
-    assert on["stopped"] == "0;inactive;inactive"
-    assert on["started"] == "[disabled] enabled kvm;active;active"
+    assert on["stopped"] == "0;inactive;inactive;inactive"
+    assert on["started"] == "[disabled] enabled kvm;active;active;active"
 
 
 def test_a_removed_package_leaves_nothing(on: dict[str, str]) -> None:
