@@ -345,6 +345,17 @@ class TestReaders:
         actor("syscall")
         assert len(stream.read().events) == 1
 
+    def test_count_as_lost_what_has_words_that_only_another_version_knows(
+        self, in_force: Callable[..., None], variant: Callable[..., None]
+    ) -> None:
+        variant("event->way = way_of(task, &flags);", "event->way = 100 + way_of(task, &flags);")
+        in_force("kvm", events_per_second=500)
+        stream = Stream(None)
+        stream.read()
+        actor("syscall", "device")
+        batch = stream.read()
+        assert (batch.events, batch.lost) == ([], 2)
+
     def test_go_on_over_an_upgrade(self, kvm: None) -> None:
         stream = Stream()
         actor("syscall")
