@@ -475,13 +475,17 @@ class Terminal(io.StringIO):
         return True
 
 
+#: Always the same: click keeps what it has printed to.
+PIPE, TERMINAL = io.StringIO(), Terminal()
 #: What only a terminal gets: a colour, and what has a line take the place of the last.
 SEQUENCES = re.compile(r"\x1b\[(?:\d*m|1A\x1b\[2K)")
 
 
 def printed(act: Callable[[], object], width: int | None = None) -> list[str]:
     """Return the lines that ACT prints, on a terminal of WIDTH or into a pipe; each is one, whatever it quotes."""
-    out = io.StringIO() if width is None else Terminal()
+    out = PIPE if width is None else TERMINAL
+    out.seek(0)
+    out.truncate()
     with (
         replaced(sys, stdout=out),
         patch("shutil.get_terminal_size", lambda: os.terminal_size((width or 80, 24))),
