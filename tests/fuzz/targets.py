@@ -193,13 +193,18 @@ def interface(data: bytes) -> None:
     server.words = tuple(Mode) if kvm else (Mode.DISABLED, Mode.ENABLED)
     server.caller = lambda: (0, 0, 7)
     server.held, server.holding, server.asker = {}, threading.RLock(), SimpleNamespace()  # type: ignore[assignment]
-    asked: list[Mode] = []
+    asked: list[Mode | int] = []
     lines: list[str] = []
     log = SimpleNamespace(warning=lambda text, *values: lines.append(text % values))
     answer = 0
     with (
         replaced(native, PROC=scratch()),
-        replaced(guard, locked=contextlib.nullcontext, switch=lambda held, mode, asker: asked.append(mode)),
+        replaced(
+            guard,
+            locked=contextlib.nullcontext,
+            switch=lambda held, mode, asker: asked.append(mode),
+            set_found=lambda held, value, asker: asked.append(value),
+        ),
         replaced(knob, log=log),
         replaced(
             knob.Server,
@@ -216,9 +221,11 @@ def interface(data: bytes) -> None:
     for line in lines:
         check_line(line)
     word = re.fullmatch(rb"[ \t\n]*([a-z01]+)[ \t\n]*", written)
-    words = {str(mode).encode(): mode for mode in server.words} | (
-        {b"0": Mode.DISABLED, b"1": Mode.ENABLED} if numeric else {}
-    )
+    words: dict[bytes, Mode | int] = {str(mode).encode(): mode for mode in server.words}
+    if audit:  # they are meant for the kernel's own knob
+        words |= {b"0": 0, b"1": 1}
+    elif numeric:
+        words |= {b"0": Mode.DISABLED, b"1": Mode.ENABLED}
     mode = words.get(word[1]) if word and len(written) <= knob.LONGEST and not later else None
     if not capable:
         assert (answer, asked) == (errno.EPERM, [])
@@ -517,7 +524,7 @@ def events(data: bytes) -> None:
         replaced(
             decisions,
             cgroup_of=lambda number: os.fsdecode(cgroup),
-            executable_of=lambda record: (find(record), os.fsdecode(program))[1],
+            executable_of=lambda record: (find(record), os.fsdecode(program))[bool(program)],
         ),
         watch,
     ):
