@@ -373,11 +373,11 @@ def would_allow(setting: Setting, subject: Subject) -> Iterator[str]:
         yield opened
     if verdict(setting, replace(request, capability=True)).allowed:
         yield "CAP_SYS_PTRACE effective, in the initial user namespace"
-    audit = bool(policy and policy.audit)
-    if audit and policy:
+    audit = policy is not None and policy.audit
+    if policy and audit:
         # Only the knob refuses there, and it stays as it was found.
-        setting = Setting(replace(policy, audit=False), 1)
-        if verdict(setting, request).allowed:
+        yield "to ask with UFFD_USER_MODE_ONLY"
+        if verdict(Setting(replace(policy, audit=False), 1), request).allowed:
             yield "uffdguard start --enforce, which sets the knob"
     elif verdict(replace(setting, knob=1), request).allowed:
         yield "uffdguard start, which sets the knob" if policy else "vm.unprivileged_userfaultfd = 1, for everybody"
@@ -390,7 +390,7 @@ def would_allow(setting: Setting, subject: Subject) -> Iterator[str]:
             yield command + (", for everybody" if mode is Mode.ENABLED else "")
         elif verdict(other, replace(request, kvm=True)).allowed:
             yield f"{command}, and {opened}"
-    if policy and setting.option and not policy.user_mode_only:
+    if policy and not audit and setting.option and not policy.user_mode_only:
         other = replace(setting, policy=replace(policy, user_mode_only=True))
         if verdict(other, replace(request, user_mode_only=True)).allowed:
             yield 'to ask with UFFD_USER_MODE_ONLY, with user-mode-only = "allow" in the configuration'

@@ -112,6 +112,23 @@ def test_what_would_allow_it_is_told_to_who_is_refused_alone(monkeypatch: pytest
         assert told.startswith("to open /dev/kvm itself") is by_opening, answer
 
 
+def test_in_audit_only_the_knob_refuses_and_enforcement_is_what_changes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "has_kvm", lambda: True)
+    opener = inspect.Subject("pid 1 (x)", effective=False, initial=True, granted=True)
+    for mode in Mode:
+        policy = Policy(mode, audit=True)
+        assert inspect.verdict(inspect.Setting(policy, 1), opener.request).allowed
+        answer = inspect.answer(inspect.Setting(policy, 0), opener)
+        assert (answer.allowed, answer.reason) == (False, "native")
+        assert "in audit vm.unprivileged_userfaultfd is left as it was" in answer.why
+        commands = [change for change in answer.would_allow if change.startswith("uffdguard")]
+        assert all(command.startswith("uffdguard start --enforce") for command in commands)
+        assert ("uffdguard start --enforce, which sets the knob" in commands) is (mode is not Mode.DISABLED)
+    stranger = inspect.answer(inspect.Setting(Policy(Mode.KVM, audit=True), 1), replace(opener, granted=False))
+    assert (stranger.allowed, stranger.reason, stranger.would_allow) == (True, "audit", [])
+    assert "this one (no-kvm): mode is kvm" in stranger.why
+
+
 def test_the_facts_are_those_that_decide() -> None:
     for setting, subject in ANSWERS:
         answer = inspect.answer(setting, subject)
