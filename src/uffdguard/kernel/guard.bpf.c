@@ -284,26 +284,23 @@ struct {
 /* Where the kernel has the name, a constant of its own, once it has been compared: to read it costs 85 instructions. */
 const unsigned char *volatile compared SEC(".data.compared") = 0;
 
-/* "[userfaultfd]", by its length and its first eight bytes: a string compare costs 200 instructions. */
-static __always_inline int is_userfaultfd(const struct qstr *name)
+/* A name of 13 characters, by its first eight: to compare all costs 200 instructions. */
+static __noinline int is_userfaultfd(const unsigned char *name)
 {
-	const unsigned char *address = name->name;
 	__u64 head = 0;
 
-	if (name->len != 13)
+	if (bpf_probe_read_kernel(&head, sizeof(head), name) || head != *(const __u64 *)"[userfau")
 		return 0;
-	if (address == compared)
-		return 1;
-	if (bpf_probe_read_kernel(&head, sizeof(head), address) || head != *(const __u64 *)"[userfau")
-		return 0;
-	compared = address;
+	compared = name;
 	return 1;
 }
 
+/* The key of the counts, where it is already: a look-up wants it in memory. */
+static const volatile __u32 first = 0;
+
 #define count(what, change) \
 	do { \
-		__u32 first = 0; \
-		struct counts *here = bpf_map_lookup_elem(&counts, &first); \
+		struct counts *here = bpf_map_lookup_elem(&counts, (const void *)&first); \
 \
 		if (here) \
 			__sync_fetch_and_add(&here->what, change); \
@@ -331,6 +328,14 @@ static __always_inline enum way way_of(struct task_struct *task, __u32 *flags)
 	return WAY_DEVICE;
 }
 
+static __noinline int asks_user_mode_only(struct task_struct *task)
+{
+	__u32 flags;
+
+	way_of(task, &flags);
+	return flags & UFFD_USER_MODE_ONLY;
+}
+
 static __always_inline int is_privileged(const struct cred *cred)
 {
 	/* An array of two words up to 6.2, one double word since: the first 32 capabilities come first in both. */
@@ -353,17 +358,12 @@ static __always_inline int is_granted(struct task_struct *task)
 
 static __always_inline enum reason reason_of(struct task_struct *task, union policy policy)
 {
-	__u32 flags;
-
 	if (is_privileged(task->cred))
 		return REASON_CAPABILITY;
 	if (policy.bits.mode == MODE_ENABLED)
 		return REASON_ENABLED;
-	if (policy.bits.user_mode_only) {
-		way_of(task, &flags);
-		if (flags & UFFD_USER_MODE_ONLY)
-			return REASON_USER_MODE_ONLY;
-	}
+	if (policy.bits.user_mode_only && asks_user_mode_only(task))
+		return REASON_USER_MODE_ONLY;
 	if (policy.bits.mode == MODE_KVM)
 		return is_granted(task) ? REASON_KVM : REASON_NO_KVM;
 	return REASON_DISABLED;
@@ -463,63 +463,98 @@ static __noinline int tell(enum reason reason, __u32 policy, int enforced)
 	return 0;
 }
 
-SEC("lsm/inode_init_security_anon")
-int BPF_PROG(decide, struct inode *inode, const struct qstr *name, const struct inode *context_inode, int ret)
+/* Of a decision, beside the byte of the policy. The sign is what is tested for most cheaply. */
+#define WITNESS (1U << 31)
+#define STRICT (1U << 30)
+
+/*
+ * What no call needs that is allowed is in functions of its own: it would have each save registers for it. All calls,
+ * the witness's too, go through the same decide().
+ */
+static __noinline __u32 mark_witness(struct task_struct *task, __u32 now)
 {
+	if (task->tgid != witness.tgid)
+		return now;
+	return witness.strict ? WITNESS | STRICT : WITNESS | now;
+}
+
+static __noinline int tell_witness(enum reason reason)
+{
+	witness.reason = reason;
+	witness.decisions++;
+	return 0;
+}
+
+static __noinline int show(enum reason reason, __u32 now)
+{
+	if (!(now & WITNESS) && bpf_ktime_get_boot_ns() < watching.all_until)
+		tell(reason, now, 1);
+	return 0;
+}
+
+static __noinline int refuse(enum reason reason, __u32 now)
+{
+	union policy policy = { .word = now };
 	struct task_struct *task = bpf_get_current_task_btf();
-	__u64 context = 0;
-	union policy now = { .word = *(volatile __u8 *)&policy.word };
-	enum reason reason;
-	int is_witness, strict;
+	int strict = (now & STRICT) != 0;
 	__u32 flags, *mark;
 
-	if (ret)
-		return ret;
-
-	if (!is_userfaultfd(name))
-		return 0;
-
-	/*
-	 * A context inode means that an existing userfaultfd hands out a child's on a fork event: no creation.
-	 * Read the argument as a number: the verifier of 6.12 takes the pointer for never NULL, finds
-	 * `if (context_inode) return 0;` always true, and removes the rest of this program as dead code.
-	 */
-	bpf_get_func_arg(ctx, 2, &context);
-	if (context)
-		return 0;
-
-	is_witness = task->tgid == witness.tgid;
-	strict = is_witness && witness.strict;
-	if (strict)
-		now = (union policy){};
-
-	reason = reason_of(task, now);
-	if (reason >= NR_REASONS) /* never; the verifier cannot know */
-		return -EPERM;
-	if (is_witness) {
-		witness.reason = reason;
-		witness.decisions++;
-	} else {
-		count(decisions[reason], 1);
-	}
-	if (reason < REASON_DISABLED) {
-		if (watching.all_until && !is_witness && bpf_ktime_get_boot_ns() < watching.all_until)
-			tell(reason, now.word, 1);
-		return 0;
-	}
-	if (!is_witness) {
-		if (now.bits.audit)
+	if (!(now & WITNESS)) {
+		if (policy.bits.audit)
 			count(let_pass, 1);
 		else if (way_of(task, &flags) != WAY_DEVICE) {
 			mark = bpf_task_storage_get(&refused, task, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 			if (mark)
 				*mark = watching.round;
 		}
-		tell(reason, now.word, !now.bits.audit);
+		tell(reason, now, !policy.bits.audit);
 	}
-	if (now.bits.audit)
+	if (policy.bits.audit)
 		return 0;
 	return strict ? -EACCES : -EPERM;
+}
+
+SEC("lsm/inode_init_security_anon")
+int BPF_PROG(decide, struct inode *inode, const struct qstr *name, const struct inode *context_inode, int ret)
+{
+	struct task_struct *task;
+	enum reason reason;
+	__u64 least = 1;
+	__u32 now;
+
+	if (ret)
+		return ret;
+
+	if (name->len != 13)
+		return 0;
+
+	/*
+	 * A context inode means that an existing userfaultfd hands out a child's on a fork event: no creation.
+	 * Compare it with what clang does not know to be 1: the verifier of 6.12 takes the pointer for never NULL, finds
+	 * `if (context_inode) return 0;` always true, and removes the rest of this program as dead code.
+	 */
+	barrier_var(least);
+	if ((__u64)context_inode >= least)
+		return 0;
+
+	if (name->name != compared && !is_userfaultfd(name->name))
+		return 0;
+
+	task = bpf_get_current_task_btf();
+	now = *(volatile __u8 *)&policy.word;
+	if (witness.tgid)
+		now = mark_witness(task, now);
+
+	reason = reason_of(task, (union policy){ .word = now });
+	if (now & WITNESS)
+		tell_witness(reason);
+	else
+		count(decisions[reason], 1);
+	if (reason >= REASON_DISABLED)
+		return refuse(reason, now);
+	if (watching.all_until)
+		show(reason, now);
+	return 0;
 }
 
 /*
