@@ -13,7 +13,6 @@ import os
 import select
 import signal
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from uffdguard.errors import Failure
@@ -133,7 +132,7 @@ def start(configured: Policy, mode: Mode | None = None, *, events_per_second: in
         if problem := foreign_pins():
             raise Failure(problem, "remove it and run start again")
         current = found.policy() if found.has("decide") or LOADED.exists() else None
-        wanted = replace(configured, mode=mode or (current or configured).mode)
+        wanted = configured._replace(mode=mode or (current or configured).mode)
         native.check_mode(wanted.mode)
         if not server():
             native.uncover()  # what a server that has died left
@@ -391,7 +390,7 @@ def switch(fds: dict[str, int], mode: Mode, asker: Asker) -> Policy:
     if current is None:
         raise Failure("the policy cannot be read", "run uffdguard start")
     with contextlib.ExitStack() as undo:
-        wanted = replace(current, mode=mode)
+        wanted = current._replace(mode=mode)
         _change(fds, wanted, asker, undo)
         undo.pop_all()
     return wanted

@@ -318,7 +318,7 @@ def visible_setting() -> Setting:
 def answer(setting: Setting, subject: Subject) -> Answer:
     """Put together the verdict on SUBJECT, the facts behind it, and what would allow it."""
     found = verdict(setting, subject.request)
-    asked = replace(subject.request, user_mode_only=True)
+    asked = subject.request._replace(user_mode_only=True)
     return Answer(
         subject=subject.name,
         allowed=found.allowed,
@@ -352,7 +352,7 @@ def why(setting: Setting, subject: Subject, found: Verdict) -> str:
             )
             return f"mode is kvm, and {who} {opened}; it {subject.capability}"
         case "audit" if setting.policy:
-            enforced = replace(setting, policy=replace(setting.policy, audit=False))
+            enforced = replace(setting, policy=setting.policy._replace(audit=False))
             refusal = verdict(enforced, subject.request)
             return f"in audit a refusal is let pass; this one ({refusal.reason}): {why(enforced, subject, refusal)}"
         case "disabled":
@@ -369,15 +369,15 @@ def would_allow(setting: Setting, subject: Subject) -> Iterator[str]:
     opened = "to open /dev/kvm itself: a descriptor that it inherits or receives does not count"
     request = subject.request
     policy = setting.policy
-    if verdict(setting, replace(request, kvm=True)).allowed:
+    if verdict(setting, request._replace(kvm=True)).allowed:
         yield opened
-    if verdict(setting, replace(request, capability=True)).allowed:
+    if verdict(setting, request._replace(capability=True)).allowed:
         yield "CAP_SYS_PTRACE effective, in the initial user namespace"
     audit = policy is not None and policy.audit
     if policy and audit:
         # Only the knob refuses there, and it stays as it was found.
         yield "to ask with UFFD_USER_MODE_ONLY"
-        if verdict(Setting(replace(policy, audit=False), 1), request).allowed:
+        if verdict(Setting(policy._replace(audit=False), 1), request).allowed:
             yield "uffdguard start --enforce, which sets the knob"
     elif verdict(replace(setting, knob=1), request).allowed:
         yield "uffdguard start, which sets the knob" if policy else "vm.unprivileged_userfaultfd = 1, for everybody"
@@ -388,11 +388,11 @@ def would_allow(setting: Setting, subject: Subject) -> Iterator[str]:
         other = Setting(Policy(mode, bool(policy and policy.user_mode_only)), mode.native_value)
         if verdict(other, request).allowed:
             yield command + (", for everybody" if mode is Mode.ENABLED else "")
-        elif verdict(other, replace(request, kvm=True)).allowed:
+        elif verdict(other, request._replace(kvm=True)).allowed:
             yield f"{command}, and {opened}"
     if policy and not audit and setting.option and not policy.user_mode_only:
-        other = replace(setting, policy=replace(policy, user_mode_only=True))
-        if verdict(other, replace(request, user_mode_only=True)).allowed:
+        other = replace(setting, policy=policy._replace(user_mode_only=True))
+        if verdict(other, request._replace(user_mode_only=True)).allowed:
             yield 'to ask with UFFD_USER_MODE_ONLY, with user-mode-only = "allow" in the configuration'
     device = Setting(policy, None)
     if verdict(device, request).allowed:

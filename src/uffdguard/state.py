@@ -13,8 +13,7 @@ import os
 import re
 import stat
 import time
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from uffdguard.errors import Failure
 from uffdguard.kernel import layout, libbpf, native
@@ -64,17 +63,17 @@ def is_counting(counter: str, program: libbpf.ProgramInfo) -> bool:
         os.close(link)
 
 
-@dataclass
 class Pinned:
     """What is pinned: descriptors by name, and what is wrong with them."""
 
-    #: Of links and programs, the pinned ones; of maps, those that the pinned ``decide`` uses, else the pinned ones.
-    fds: dict[str, int] = field(default_factory=dict)
-    programs: dict[str, libbpf.ProgramInfo] = field(default_factory=dict)
-    pins: set[str] = field(default_factory=set)
-    problems: list[str] = field(default_factory=list)
-    #: Whether the refusals of the native knob are counted.
-    counts_native: bool = False
+    def __init__(self) -> None:
+        #: Of links and programs, the pinned ones; of maps, those that the pinned ``decide`` uses, else the pinned ones.
+        self.fds: dict[str, int] = {}
+        self.programs: dict[str, libbpf.ProgramInfo] = {}
+        self.pins: set[str] = set()
+        self.problems: list[str] = []
+        #: Whether the refusals of the native knob are counted.
+        self.counts_native = False
 
     def has(self, *links: str) -> bool:
         """Tell whether these links are pinned, and use the maps in ``fds``."""
@@ -221,8 +220,7 @@ def current_policy() -> Policy:
 Interface = Literal["native", "served", "dead"]
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(NamedTuple):
     """How things stand. The names are those of ``status --json``."""
 
     in_force: bool

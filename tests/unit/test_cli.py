@@ -16,11 +16,45 @@ from uffdguard import cli
 from uffdguard.cli import render
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, libbpf, native, probe
+from uffdguard.policy import Mode, Reason
+from uffdguard.state import Status
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+    from typing import NoReturn
+
+STATUS = Status(
+    in_force=True,
+    mode=Mode.KVM,
+    user_mode_only=False,
+    audit=True,
+    since="2026-11-25T12:00:00+0000",
+    kernel="6.12.1-amd64",
+    native_knob=1,
+    drift=True,
+    pins={"grants": True, "decide": False},
+    skipped=1,
+    lost=2,
+    interface="dead",
+    grants=3,
+    allowed=4,
+    refused=5,
+    decisions=dict.fromkeys(Reason, 1),
+    native=2,
+    let_pass=1,
+    suppressed=0,
+    problems=["one", "another"],
+)
 
 COMMAND = [sys.executable, "-c", "from uffdguard.cli import main; main()"]
+
+
+def raising(error: Exception) -> Callable[[], NoReturn]:
+    def function() -> NoReturn:
+        raise error
+
+    return function
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
@@ -99,6 +133,51 @@ except SystemExit:
     print(heavy & set(sys.modules))
 """
     assert subprocess.check_output([sys.executable, "-c", script], text=True).endswith("set()\n")
+
+
+@pytest.mark.parametrize("verb", cli.PLAIN)
+def test_alone_it_imports_neither_click_nor_what_makes_dataclasses(verb: str) -> None:
+    script = f"""
+import sys
+from uffdguard import cli, policy, state
+state.current_mode = lambda: policy.Mode.KVM
+state.status = lambda: state.Status(**{STATUS._asdict() | {"mode": None, "decisions": {}}!r})
+try:
+    cli.main([{verb!r}])
+except SystemExit:
+    print({{"click", "dataclasses", "inspect", "msgspec"}} & set(sys.modules))
+"""
+    assert subprocess.check_output([sys.executable, "-c", script], text=True).endswith("set()\n")
+
+
+OUTCOMES: dict[str, Callable[[], object]] = {
+    "in force": lambda: STATUS,
+    "not in force": lambda: STATUS._replace(in_force=False, audit=None, pins={}, problems=[]),
+    "a mode": lambda: Mode.KVM,
+    "a failure": raising(Failure("it is so", "do\nthat")),
+    "an error of a file": raising(OSError(errno.EIO, os.strerror(errno.EIO), "/a\x1b")),
+    "an error of a call": raising(OSError(errno.EPERM, "bpf_obj_get: Operation not permitted")),
+    "no reader": raising(BrokenPipeError()),
+}
+
+
+@pytest.mark.parametrize(
+    ("verb", "outcome"),
+    [
+        (verb, outcome)
+        for verb in cli.PLAIN
+        for outcome in OUTCOMES
+        if outcome not in {"mode": ("in force", "not in force"), "status": ("a mode",)}[verb]
+    ],
+)
+def test_alone_it_does_what_it_does_with_click(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str, outcome: str
+) -> None:
+    monkeypatch.setattr("uffdguard.state.current_mode", OUTCOMES[outcome])
+    monkeypatch.setattr("uffdguard.state.status", OUTCOMES[outcome])
+    alone = run(capfd, verb)
+    monkeypatch.setattr(cli, "PLAIN", ())
+    assert run(capfd, verb) == alone
 
 
 def test_columns_are_aligned_and_coloured_on_a_terminal_only(capsys: pytest.CaptureFixture[str]) -> None:

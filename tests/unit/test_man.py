@@ -11,6 +11,7 @@ import click
 import pytest
 
 from uffdguard import cli, config
+from uffdguard.cli import group
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +35,7 @@ def described() -> dict[str, set[str]]:
 def existing() -> Iterator[tuple[str, set[str]]]:
     """Give each verb of the command line with the same."""
     for verb in cli.VERBS:
-        command = cli.cli.get_command(click.Context(cli.cli), verb)
+        command = group.cli.get_command(click.Context(group.cli), verb)
         assert command
         yield from words_of(verb, command)
 

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import threading
 import tomllib
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,7 +57,7 @@ STATUS = Status(
     suppressed=0,
     problems=["one\nthing", "another"],
 )
-STOPPED = replace(STATUS, in_force=False, mode=None, user_mode_only=None, native_knob=None, problems=[])
+STOPPED = STATUS._replace(in_force=False, mode=None, user_mode_only=None, native_knob=None, problems=[])
 
 TEXT = f"""\
 # HELP uffdguard_build_info The version of uffdguard, and the kernel it runs on.
@@ -153,7 +152,7 @@ def test_the_metrics_are_these_to_the_letter(as_root: None, capsys: pytest.Captu
 
 
 def test_what_the_kernel_side_is_about_to_tell_is_exported() -> None:
-    found = parsed(text(replace(STATUS, audit=True, native=5, let_pass=6, suppressed=7)))
+    found = parsed(text(STATUS._replace(audit=True, native=5, let_pass=6, suppressed=7)))
     assert found["uffdguard_audit",] == 1
     assert found["uffdguard_decisions_total", "native", "refused"] == 5
     assert found["uffdguard_let_pass_total",] == 6
@@ -162,7 +161,7 @@ def test_what_the_kernel_side_is_about_to_tell_is_exported() -> None:
 
 @pytest.mark.parametrize("reason", Reason)
 def test_a_decision_is_counted_under_its_verdict_and_reason(reason: Reason) -> None:
-    found = parsed(text(replace(STATUS, decisions=dict.fromkeys(Reason, 0) | {reason: 9})))
+    found = parsed(text(STATUS._replace(decisions=dict.fromkeys(Reason, 0) | {reason: 9})))
     decisions = {key[1:]: value for key, value in found.items() if key[0] == "uffdguard_decisions_total"}
     assert [key for key, value in decisions.items() if value] == [(reason, "allowed" if reason.allowed else "refused")]
     assert len(decisions) == len(Reason) + 1
@@ -170,7 +169,7 @@ def test_a_decision_is_counted_under_its_verdict_and_reason(reason: Reason) -> N
 
 @pytest.mark.parametrize("mode", Mode)
 def test_one_mode_is_in_force(mode: Mode) -> None:
-    found = parsed(text(replace(STATUS, mode=mode)))
+    found = parsed(text(STATUS._replace(mode=mode)))
     assert {word: found["uffdguard_mode", word] for word in Mode} == {word: float(word is mode) for word in Mode}
 
 
@@ -201,13 +200,13 @@ def test_a_state_that_cannot_be_read_is_not_in_force_and_a_problem(
 
 def test_a_hostile_name_of_the_kernel_is_a_value_and_no_more() -> None:
     name = '6.12"} 1\nuffdguard_in_force 0\\\x1b[31m\r\x00\udcff'
-    found = text(replace(STATUS, kernel=name))
+    found = text(STATUS._replace(kernel=name))
     assert len(found.splitlines()) == len(TEXT.splitlines())
     assert parsed(found)["uffdguard_in_force",] == 1
     assert ("uffdguard_build_info", one_line(name), __version__) in parsed(found)
 
 
-@pytest.mark.parametrize("status", [STATUS, STOPPED, None, replace(STATUS, audit=True, native=5)])
+@pytest.mark.parametrize("status", [STATUS, STOPPED, None, STATUS._replace(audit=True, native=5)])
 def test_promtool_has_nothing_to_say_about_the_metrics(status: object) -> None:
     done = subprocess.run(["promtool", "check", "metrics"], input=text(status), capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -12,7 +12,6 @@ import os
 import shutil
 import stat
 import struct
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -313,13 +312,13 @@ class Model(RuleBasedStateMachine):
                     subject.process.mm.granted = False
             case Mode(), Policy():
                 guard.set_mode(Mode(change))
-                self.policy = replace(self.policy, mode=Mode(change))
+                self.policy = self.policy._replace(mode=Mode(change))
             case Mode(), None:
                 self.start(Policy(Mode(change)))
             case "option", Policy():
-                self.start(replace(self.policy, user_mode_only=not self.policy.user_mode_only))
+                self.start(self.policy._replace(user_mode_only=not self.policy.user_mode_only))
             case "audit", Policy():
-                self.start(replace(self.policy, audit=not self.policy.audit))
+                self.start(self.policy._replace(audit=not self.policy.audit))
             case "upgrade", Policy():
                 features.OBJECT = next(path for path in self.objects if path != features.OBJECT)
                 self.start(self.policy)

@@ -33,6 +33,6 @@ def completion() -> str:
     """Return the completion for bash, as click makes it."""
     from click.shell_completion import BashComplete
 
-    from uffdguard.cli import cli
+    from uffdguard.cli.group import cli
 
     return BashComplete(cli, {}, "uffdguard", "_UFFDGUARD_COMPLETE").source()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import os
+from typing import TYPE_CHECKING
 
 import click
 
 from uffdguard.cli.words import MODE
-from uffdguard.policy import Mode, interface_line
+
+if TYPE_CHECKING:
+    from uffdguard.policy import Mode
 
 
 @click.command("mode")
@@ -21,18 +23,11 @@ def command(mode: Mode | None) -> None:
     if mode:
         from uffdguard import guard
 
-        policy = guard.set_mode(mode)
+        if guard.set_mode(mode).audit:
+            from uffdguard.cli import render
+
+            render.warn_of_audit()
     else:
-        from uffdguard import state
-        from uffdguard.kernel import native
+        from uffdguard.cli import plain
 
-        # What everybody may read; the pins are for root alone.
-        if os.geteuid() and native.is_covered():
-            click.echo(native.FILE.read_text(), nl=False)
-            return
-        policy = state.current_policy()
-        click.echo(interface_line(policy.mode, native.modes()))
-    if policy.audit:
-        from uffdguard.cli import render
-
-        click.echo(f"{render.coloured('audit')}: refusals are counted and told, and let pass", err=True)
+        plain.mode()

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import itertools
 import os
-import shutil
 import sys
-from typing import TYPE_CHECKING, Any
-from unicodedata import east_asian_width
-
-import click
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
+    from typing import Any
 
-#: Colours of the words that say how something stands; only on a terminal (click strips them elsewhere).
-COLOURS = dict.fromkeys(("ok", "allowed"), "green") | dict.fromkeys(("warning", "audit", "let pass"), "yellow")
-COLOURS |= dict.fromkeys(("missing", "refused", "problem"), "red")
+#: Colours of the words that say how something stands, as ECMA-48 numbers them; only on a terminal.
+RED, GREEN, YELLOW = 31, 32, 33
+COLOURS = dict.fromkeys(("ok", "allowed"), GREEN) | dict.fromkeys(("warning", "audit", "let pass"), YELLOW)
+COLOURS |= dict.fromkeys(("missing", "refused", "problem"), RED)
+
+
+def echo(text: str, end: str = "\n") -> None:
+    """Print TEXT at once, so that a reader who has gone is seen here."""
+    print(text, end=end, flush=True)
 
 
 def as_json(facts: Any) -> None:
@@ -35,12 +38,14 @@ def columns(rows: Iterable[Sequence[str]], *, cut: Sequence[int] = ()) -> None:
     rows = [tuple(row) for row in rows]
     widths = [max(map(cells_of, column)) for column in zip(*rows, strict=True)]
     if cut and sys.stdout.isatty():
+        import shutil
+
         room = shutil.get_terminal_size().columns - 2 * len(widths) + 2
         while sum(widths) > room and max(widths[column] for column in cut) > 7:
             widths[max(cut, key=widths.__getitem__)] -= 1
     for row in rows:
         cells = (_cell(text, width) for text, width in zip(row, widths, strict=True))
-        click.echo("  ".join(cells).rstrip())
+        echo("  ".join(cells).rstrip())
 
 
 def line(cells: Sequence[str], widths: Sequence[int], limit: int | None) -> str:
@@ -72,6 +77,10 @@ def bar(part: int, whole: int, width: int) -> str:
 
 def cells_of(text: str) -> int:
     """Return how many columns of a terminal TEXT takes, or a few more where it has combining characters."""
+    if text.isascii():
+        return len(text)
+    from unicodedata import east_asian_width
+
     return len(text) + sum(east_asian_width(character) in "WF" for character in text)
 
 
@@ -87,8 +96,13 @@ def _cell(text: str, width: int) -> str:
     return coloured(text) + " " * (width - cells_of(text))
 
 
+def warn_of_audit() -> None:
+    """Say on standard error that refusals are not carried out."""
+    print(f"{coloured('audit')}: refusals are counted and told, and let pass", file=sys.stderr)
+
+
 def coloured(word: str) -> str:
     """Return WORD in its colour, if it has one and the user has not said NO_COLOR (no-color.org)."""
-    if word not in COLOURS or os.environ.get("NO_COLOR"):
+    if word not in COLOURS or os.environ.get("NO_COLOR") or not (sys.stdout and sys.stdout.isatty()):
         return word
-    return click.style(word, fg=COLOURS[word])
+    return f"\x1b[{COLOURS[word]}m{word}\x1b[0m"

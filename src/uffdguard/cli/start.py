@@ -27,14 +27,13 @@ def command(mode: Mode | None, audit: bool | None) -> None:
 
     In audit the native knob stays as it was found: what it refuses is refused.
     """
-    from dataclasses import replace
 
     from uffdguard import config, guard
     from uffdguard.cli import render
 
     configured = config.load()
-    policy = configured.policy if audit is None else replace(configured.policy, audit=audit)
+    policy = configured.policy if audit is None else configured.policy._replace(audit=audit)
     if not guard.start(policy, mode, events_per_second=configured.events_per_second):
         click.echo("already in force; nothing to do")
     if policy.audit:
-        click.echo(f"{render.coloured('audit')}: refusals are counted and told, and let pass")
+        render.warn_of_audit()
