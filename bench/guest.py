@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from uffdguard import guard, state
-from uffdguard.kernel import features, libbpf, native
+from uffdguard.kernel import features, layout, libbpf, native
 from uffdguard.policy import Mode, Policy
 
 if TYPE_CHECKING:
@@ -35,11 +35,14 @@ COMMAND = Path(sys.executable).with_name("uffdguard")
 
 
 @contextlib.contextmanager
-def policy(mode: Mode, *, user_mode_only: bool = False) -> Iterator[None]:
-    """Put uffdguard in force."""
-    guard.start(Policy(user_mode_only=user_mode_only), mode)
+def policy(mode: Mode, *, user_mode_only: bool = False, audit: bool = False, watched: bool = False) -> Iterator[None]:
+    """Put uffdguard in force; WATCHED: somebody wants to see the allowed ones, and each is told."""
+    guard.start(Policy(user_mode_only=user_mode_only, audit=audit), mode)
     with state.pinned() as found:
         programs = [program.id for program in found.programs.values()]
+        if watched:
+            for name, value in (("all_until", 2**63), ("per_owner", 2**31), ("total", 2**31)):
+                libbpf.store(found.fds["watching"], layout.Watching, name, value)
     try:
         yield
     finally:
@@ -80,18 +83,25 @@ class Subject:
 
 
 NONE, AGAIN, FLOOR = "no policy", "no policy, again", "empty LSM program"
+USER_MODE_ONLY = "uffdguard disabled, user-mode-only"
+AUDIT, WATCHED = "uffdguard kvm, audit", "uffdguard kvm, watched"
 MODES = {f"uffdguard {mode}": Subject(lambda mode=mode: policy(mode)) for mode in Mode}  # type: ignore[misc]
 SUBJECTS = {
     NONE: Subject(),
     FLOOR: Subject(lambda: attached("empty")),
     **MODES,
-    "uffdguard disabled, user-mode-only": Subject(lambda: policy(Mode.DISABLED, user_mode_only=True)),
+    USER_MODE_ONLY: Subject(lambda: policy(Mode.DISABLED, user_mode_only=True)),
+    AUDIT: Subject(lambda: policy(Mode.KVM, audit=True)),
+    WATCHED: Subject(lambda: policy(Mode.KVM, watched=True)),
     "seccomp filter": Subject(options=("-f", "allow")),
     "seccomp supervisor": Subject(options=("-f", "notify")),
     "LSM program on file_open": Subject(lambda: attached("watch_opens")),
     # How far two runs of the same differ.
     AGAIN: Subject(),
 }
+
+#: What enforces, with nobody watching.
+ENFORCED = (*MODES, USER_MODE_ONLY)
 
 #: Those that CI measures.
 SHORT = {NONE: SUBJECTS[NONE], FLOOR: SUBJECTS[FLOOR], **MODES}
@@ -259,7 +269,9 @@ PARTS |= dict.fromkeys(("bare", "selinux"), other_lsm)
 
 def spent(*command: str | Path) -> int:
     """Return the instructions that COMMAND takes, its children and the kernel's part included: the time of its CPU."""
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # What it imports has been compiled, as where a package was installed: by the first run, which warms up.
+    environment = os.environ | {"PYTHONPYCACHEPREFIX": "/run/measure-python"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
     _, ended, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(ended)
     if process.returncode:
@@ -304,10 +316,15 @@ def bpf_calls() -> Iterator[Callable[[], int]]:
 
 @part
 def memory() -> dict[str, Any]:
-    """What stays in memory, in bytes: programs and maps, as the kernel accounts them, and the knob's server."""
+    """What stays in memory, in bytes: programs and maps, as the kernel accounts them, and two of our processes."""
     with policy(Mode.KVM):
         with state.pinned() as found:
-            taken = {f"map {name}": memlock(fd) for name, fd in found.fds.items() if name not in state.LINKS}
+            maps = {layout.map_name(name): name for name in state.PARTS if name not in state.USES}
+            maps |= {name: name.split(".")[-1] for name in ("owners", "refused", ".data.compared", "guard.rodata")}
+            taken = {}
+            for name, fd in libbpf.maps_of(found.programs["decide"], maps).items():
+                taken[f"map {name}"] = memlock(fd)
+                os.close(fd)
             for name, program in found.programs.items():
                 fd = libbpf.library().bpf_prog_get_fd_by_id(program.id)
                 taken[f"program {name}"] = memlock(fd)
@@ -316,10 +333,21 @@ def memory() -> dict[str, Any]:
             while not (pid := state.server()) or not native.is_covered():
                 time.sleep(0.1)
             native.FILE.read_text()
-            taken["knob, resident"] = int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
+            taken["knob, resident"] = resident(pid)
+            with subprocess.Popen([COMMAND, "watch", "--all"], stdout=subprocess.PIPE) as watch:
+                assert watch.stdout
+                with background("-r", "10", "userfaultfd"):
+                    watch.stdout.readline()
+                taken["watch, resident"] = resident(watch.pid)
+                watch.kill()
             guard.stop()
             knob.terminate()
     return taken
+
+
+def resident(pid: int) -> int:
+    """Return how much memory a process has."""
+    return int(Path(f"/proc/{pid}/status").read_text().split("VmRSS:")[1].split()[0]) * 1024
 
 
 def memlock(fd: int) -> int:

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench.guest import AGAIN, CREATIONS, FLOOR, FREE, IO_URING, MODES, NONE, OPEN_KVM, PATHS, SUBJECTS
+from bench.guest import AGAIN, CREATIONS, ENFORCED, FLOOR, FREE, IO_URING, MODES, NONE, OPEN_KVM, PATHS, SUBJECTS
 
 DOCS = Path(__file__).parents[1] / "docs"
 FIGURES = DOCS / "performance.json"
@@ -125,14 +125,11 @@ def goals(found: dict[str, Any]) -> str:
     creations = [
         added(found, path, name, FLOOR)
         for path in CREATIONS
-        for name in SUBJECTS
-        if name.startswith("uffdguard") and not found["calls"][path][name]["refused"]
+        for name in ENFORCED
+        if not found["calls"][path][name]["refused"]
     ]
     refused = max(
-        added(found, path, name)
-        for path in CREATIONS
-        for name in SUBJECTS
-        if name.startswith("uffdguard") and found["calls"][path][name]["refused"]
+        added(found, path, name) for path in CREATIONS for name in ENFORCED if found["calls"][path][name]["refused"]
     )
     opened = max(added(found, OPEN_KVM, name) for name in MODES)
     gone_by = max(added(found, IO_URING, name) for name in MODES)
