@@ -6,7 +6,20 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bench.guest import AGAIN, CREATIONS, ENFORCED, FLOOR, FREE, IO_URING, MODES, NONE, OPEN_KVM, PATHS, SUBJECTS
+from bench.guest import (
+    AGAIN,
+    CREATIONS,
+    ENFORCED,
+    FLOOR,
+    FREE,
+    IO_URING,
+    MODES,
+    NONE,
+    OPEN_KVM,
+    PATHS,
+    SUBJECTS,
+    USER_MODE_ONLY,
+)
 
 DOCS = Path(__file__).parents[1] / "docs"
 FIGURES = DOCS / "performance.json"
@@ -120,19 +133,30 @@ def memory(found: dict[str, Any]) -> str:
     return table(rows)
 
 
+def reason_of(path: str, subject: str) -> str:
+    """Return why a creation is allowed, for the row of the goals."""
+    if "by root" in path:
+        # There the native knob is 0, and two programs at the end of the system call count what it refuses.
+        native = path.startswith("userfaultfd") and subject.startswith("uffdguard disabled")
+        return "capability in mode disabled" if native else "capability"
+    if subject == USER_MODE_ONLY:
+        return "user-mode-only"
+    return "kvm" if subject == KVM else "enabled"
+
+
 def goals(found: dict[str, Any]) -> str:
     """Return the table of the goals."""
-    creations = [
-        added(found, path, name, FLOOR)
-        for path in CREATIONS
-        for name in ENFORCED
-        if not found["calls"][path][name]["refused"]
-    ]
+    creations: dict[str, list[float]] = {}
+    for path in CREATIONS:
+        for name in ENFORCED:
+            if not found["calls"][path][name]["refused"]:
+                creations.setdefault(reason_of(path, name), []).append(added(found, path, name, FLOOR))
     refused = max(
         added(found, path, name) for path in CREATIONS for name in ENFORCED if found["calls"][path][name]["refused"]
     )
     opened = max(added(found, OPEN_KVM, name) for name in MODES)
     gone_by = max(added(found, IO_URING, name) for name in MODES)
+    floor = added(found, IO_URING, FLOOR)
     exact = ["page fault served", "getppid", "eventfd", "open tmpfs file", "open /dev/null", "mmap, munmap"]
     free = max(added(found, path, name) for path in exact for name in MODES)
     part = {
@@ -152,16 +176,13 @@ def goals(found: dict[str, Any]) -> str:
     def row(what: str, goal: str, value: str, met: bool) -> None:
         rows.append([what, goal, value, "met" if met else "missed"])
 
-    row(
-        "an allowed creation, over the empty program",
-        "at most +80",
-        f"{difference(min(creations))} to {difference(max(creations))}",
-        max(creations) <= 80,
-    )
+    for reason, values in creations.items():
+        spread = " to ".join(dict.fromkeys(map(difference, (min(values), max(values)))))
+        row(f"a creation allowed by {reason}, over the empty program", "at most +80", spread, max(values) <= 80)
     row("a refused creation, over none", "below 0", f"at most {difference(refused)}", refused < 0)
     row("open of /dev/kvm", "at most +300", difference(opened), opened <= 300)
     row(", ".join(exact), "0, ±2", f"at most {difference(free)}", free <= 2)
-    row(IO_URING, "0", difference(gone_by), gone_by <= 2)
+    row(IO_URING, f"that of the empty program, {difference(floor)}", difference(gone_by), gone_by <= floor + 16)
     for path, share in part.items():
         row(path, "0, within 1 %", f"{share:+.1%}".replace("%", " %"), share <= 0.01)
     row(

@@ -53,6 +53,18 @@ def test_no_figure_has_grown_by_more_than_5_percent(found: dict[str, Any]) -> No
     assert grown == {}
 
 
+def test_an_allowed_creation_adds_what_is_kept_and_no_more(found: dict[str, Any]) -> None:
+    """5 % of a call would be more than all that a policy adds; two runs of the same differ by 8."""
+    kept = json.loads(report.FIGURES.read_text())["calls"]
+    added = {
+        (path, mode): [row[path][mode]["least"] - row[path][guest.FLOOR]["least"] for row in (kept, found)]
+        for path in guest.CREATIONS
+        for mode in MODES
+        if not found[path][mode]["refused"]
+    }
+    assert {what: figures for what, figures in added.items() if figures[1] > figures[0] + 16} == {}
+
+
 def test_a_refusal_costs_less_than_the_call_without_a_policy(found: dict[str, Any]) -> None:
     refusals = [(row[mode], row[guest.NONE]) for row in found.values() for mode in MODES if row[mode]["refused"]]
     assert len(refusals) == 8

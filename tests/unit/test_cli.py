@@ -16,7 +16,7 @@ from uffdguard import cli
 from uffdguard.cli import render
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, libbpf, native, probe
-from uffdguard.policy import Mode, Reason
+from uffdguard.policy import Mode, Policy, Reason
 from uffdguard.state import Status
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ def test_alone_it_imports_neither_click_nor_what_makes_dataclasses(verb: str) ->
     script = f"""
 import sys
 from uffdguard import cli, policy, state
-state.current_mode = lambda: policy.Mode.KVM
+state.current_policy = lambda: policy.Policy(policy.Mode.KVM, audit=True)
 state.status = lambda: state.Status(**{STATUS._asdict() | {"mode": None, "decisions": {}}!r})
 try:
     cli.main([{verb!r}])
@@ -153,7 +153,8 @@ except SystemExit:
 OUTCOMES: dict[str, Callable[[], object]] = {
     "in force": lambda: STATUS,
     "not in force": lambda: STATUS._replace(in_force=False, audit=None, pins={}, problems=[]),
-    "a mode": lambda: Mode.KVM,
+    "a mode": lambda: Policy(Mode.KVM),
+    "a mode in audit": lambda: Policy(Mode.KVM, audit=True),
     "a failure": raising(Failure("it is so", "do\nthat")),
     "an error of a file": raising(OSError(errno.EIO, os.strerror(errno.EIO), "/a\x1b")),
     "an error of a call": raising(OSError(errno.EPERM, "bpf_obj_get: Operation not permitted")),
@@ -167,13 +168,13 @@ OUTCOMES: dict[str, Callable[[], object]] = {
         (verb, outcome)
         for verb in cli.PLAIN
         for outcome in OUTCOMES
-        if outcome not in {"mode": ("in force", "not in force"), "status": ("a mode",)}[verb]
+        if outcome not in {"mode": ("in force", "not in force"), "status": ("a mode", "a mode in audit")}[verb]
     ],
 )
 def test_alone_it_does_what_it_does_with_click(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verb: str, outcome: str
 ) -> None:
-    monkeypatch.setattr("uffdguard.state.current_mode", OUTCOMES[outcome])
+    monkeypatch.setattr("uffdguard.state.current_policy", OUTCOMES[outcome])
     monkeypatch.setattr("uffdguard.state.status", OUTCOMES[outcome])
     alone = run(capfd, verb)
     monkeypatch.setattr(cli, "PLAIN", ())
