@@ -55,10 +55,10 @@ packages:
 	$(VENV)/python -m pip install -q $(call group,fuzz)
 	touch $@
 
-%.bpf.o: %.bpf.c hatch_build.py | packages
+%.bpf.o: %.bpf.c src/uffdguard/kernel/structures.h hatch_build.py | packages
 	$(PYTHON) hatch_build.py $< $@
 
-build/subjects.bpf.o: bench/subjects.bpf.c hatch_build.py | packages
+build/subjects.bpf.o: bench/subjects.bpf.c src/uffdguard/kernel/structures.h hatch_build.py | packages
 	@mkdir -p build
 	$(PYTHON) hatch_build.py $< $@
 

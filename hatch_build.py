@@ -19,8 +19,10 @@ SOURCES = ("src/uffdguard/kernel/guard.bpf.c", "src/uffdguard/kernel/inspect.bpf
 def compile_bpf(source: Path, target: Path) -> None:
     """Compile SOURCE to the BPF object TARGET; warnings are errors."""
     machine = os.uname().machine
+    headers = Path(__file__).parent / "src/uffdguard/kernel"
     command = ["clang", "-target", "bpf", "-mcpu=v3", "-O2", "-g", "-Wall", "-Wextra", "-Werror"]
-    command += ["-Wno-unused-parameter", f"-I/usr/include/{machine}-linux-gnu", "-c", str(source), "-o", str(target)]
+    command += ["-Wno-unused-parameter", f"-I/usr/include/{machine}-linux-gnu", f"-I{headers}"]
+    command += ["-c", str(source), "-o", str(target)]
     # Otherwise the path of the source tree would be in the object, and no two builds alike.
     command += [f"-ffile-prefix-map={Path.cwd()}=."]
     subprocess.run(command, check=True)

@@ -1,39 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /* What guard.bpf.c is measured against. */
-#include <linux/types.h>
-#include <linux/bpf.h>
-#include <bpf/bpf_core_read.h>
-#include <bpf/bpf_helpers.h>
+#include "structures.h"
 #include <bpf/bpf_tracing.h>
-
-#define KVM_RDEV ((10 << 20) | 232)
-#define S_IFMT 0170000
-#define S_IFCHR 0020000
-
-#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
-
-typedef struct {
-	__u64 ctx_id;
-} mm_context_t;
-
-struct mm_struct {
-	mm_context_t context;
-};
-
-struct task_struct {
-	struct mm_struct *mm;
-};
-
-struct inode {
-	unsigned short i_mode;
-	__u32 i_rdev;
-};
-
-struct file {
-	struct inode *f_inode;
-};
-
-#pragma clang attribute pop
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);

@@ -21,10 +21,12 @@ BUILD = Path("build/mutations")
 #: What is replaced, and by what.
 MUTATIONS = {
     "the capability in any user namespace": {" && cred->user_ns->level == 0;": ";"},
-    "nobody has the capability": {"(effective & (1U << CAP_SYS_PTRACE)) &&": "(effective & 0) &&"},
+    "nobody has the capability": {"return has_ptrace(cred) &&": "return 0 &&"},
     "a fork inherits the grant": {
-        "struct mm_struct *mm;\n\tint pid;": "struct mm_struct *mm;\n\tstruct task_struct *real_parent;\n\tint pid;",
-        "return bpf_map_lookup_elem(&grants, &id) != NULL;": "__u64 parent = task->real_parent->mm->context.ctx_id;\n"
+        "static __always_inline int is_granted(": "struct task_struct___parent {\n\tstruct task_struct *real_parent;\n"
+        "} __attribute__((preserve_access_index));\n\nstatic __always_inline int is_granted(",
+        "return bpf_map_lookup_elem(&grants, &id) != NULL;": "struct task_struct___parent *child = (void *)task;\n"
+        "\t__u64 parent = child->real_parent->mm->context.ctx_id;\n"
         "\treturn bpf_map_lookup_elem(&grants, &id) || bpf_map_lookup_elem(&grants, &parent);",
     },
     "an exec keeps the grant": {

@@ -6,117 +6,17 @@
  * of address spaces that have opened /dev/kvm, which is what mode `kvm` asks about, and count what the kernel
  * refuses before it asks. tell() is where a decision becomes an event.
  */
-#include <linux/types.h>
-#include <linux/bpf.h>
-#include <bpf/bpf_core_read.h>
-#include <bpf/bpf_helpers.h>
+#include "structures.h"
 #include <bpf/bpf_tracing.h>
 
 #define EPERM 1
 #define EACCES 13
 #define EEXIST 17
 
-#define CAP_SYS_PTRACE 19
-#define FMODE_PATH 0x4000
-#define KVM_RDEV ((10 << 20) | 232) /* MISC_MAJOR, KVM_MINOR, in the kernel's own dev_t */
-#define S_IFMT 0170000
-#define S_IFCHR 0020000
-
 #define USERFAULTFD_IOC_NEW 0xaa00
 #define UFFD_USER_MODE_ONLY 1
 #define TS_COMPAT 0x0002 /* arch/x86/include/asm/thread_info.h: a 32-bit system call is being served */
 #define X32_SYSCALL_BIT 0x40000000
-
-/* The kernel's structures, only what is used of them; CO-RE finds the offsets at load. */
-#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
-
-typedef struct {
-	__u64 ctx_id; /* arch/x86/include/asm/mmu.h: unique for ever, never 0 */
-} mm_context_t;
-
-struct super_block {
-	__u32 s_dev;
-};
-
-struct inode {
-	unsigned short i_mode;
-	__u32 i_rdev;
-	struct super_block *i_sb;
-	unsigned long i_ino;
-};
-
-struct qstr {
-	__u32 len;
-	const unsigned char *name;
-};
-
-struct dentry {
-	struct qstr d_name;
-};
-
-struct path {
-	struct dentry *dentry;
-};
-
-struct file {
-	unsigned int f_mode;
-	struct path f_path;
-	struct inode *f_inode;
-};
-
-struct mm_struct {
-	mm_context_t context;
-	struct file *exe_file;
-};
-
-typedef struct {
-	__u32 val;
-} kuid_t;
-
-typedef struct {
-	__u32 val;
-} kgid_t;
-
-struct user_namespace {
-	struct user_namespace *parent;
-	int level;
-	kuid_t owner;
-};
-
-typedef struct {
-} kernel_cap_t;
-
-struct cred {
-	kuid_t uid;
-	kuid_t euid;
-	kgid_t egid;
-	kernel_cap_t cap_effective;
-	struct user_namespace *user_ns;
-};
-
-struct thread_info {
-	__u32 status;
-};
-
-struct task_struct {
-	struct thread_info thread_info;
-	unsigned int flags;
-	struct mm_struct *mm;
-	int pid;
-	int tgid;
-	const struct cred *cred;
-};
-
-struct pt_regs {
-	unsigned long bx, cx, dx, si, di, orig_ax;
-};
-
-struct bpf_iter__task_file {
-	struct task_struct *task;
-	struct file *file;
-};
-
-#pragma clang attribute pop
 
 /* policy.Mode and policy.Reason, in their order; layout.py compares them with this object's BTF at load. */
 enum mode {
@@ -338,15 +238,8 @@ static __noinline int asks_user_mode_only(struct task_struct *task)
 
 static __always_inline int is_privileged(const struct cred *cred)
 {
-	/* An array of two words up to 6.2, one double word since: the first 32 capabilities come first in both. */
-	__u64 offset = bpf_core_field_offset(cred->cap_effective);
-	__u32 effective;
-
-	barrier_var(offset); /* libbpf does not relocate the load of a struct, only its address */
-	effective = *(const __u32 *)((const void *)cred + offset);
-
 	/* Only the initial user namespace has level 0: `unshare -U` gives anybody the capability in another. */
-	return (effective & (1U << CAP_SYS_PTRACE)) && cred->user_ns->level == 0;
+	return has_ptrace(cred) && cred->user_ns->level == 0;
 }
 
 static __always_inline int is_granted(struct task_struct *task)
@@ -639,8 +532,7 @@ int seed(struct bpf_iter__task_file *ctx)
 	struct mm_struct *mm;
 	__u64 id;
 
-	if (!task || !file || (file->f_mode & FMODE_PATH) || file->f_inode->i_rdev != KVM_RDEV ||
-	    (file->f_inode->i_mode & S_IFMT) != S_IFCHR)
+	if (!task || !file || (file->f_mode & FMODE_PATH) || !is_kvm(file))
 		return 0;
 
 	mm = task->mm;

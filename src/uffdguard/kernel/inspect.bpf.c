@@ -4,100 +4,9 @@
  *
  * Two iterators that write records for inspect.py; nothing here is attached to a hook.
  */
-#include <linux/types.h>
-#include <linux/bpf.h>
-#include <bpf/bpf_core_read.h>
-#include <bpf/bpf_helpers.h>
+#include "structures.h"
 
-#define CAP_SYS_PTRACE 19
-#define FMODE_PATH 0x4000
-#define KVM_RDEV ((10 << 20) | 232) /* MISC_MAJOR, KVM_MINOR, in the kernel's own dev_t */
-#define S_IFMT 0170000
-#define S_IFCHR 0020000
 #define ANON_INODE_FS_MAGIC 0x09041934
-
-/* The kernel's structures, only what is used of them; CO-RE finds the offsets at load. */
-#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
-
-typedef struct {
-	__u64 ctx_id; /* what `grants` is keyed by */
-} mm_context_t;
-
-struct mm_struct {
-	mm_context_t context;
-};
-
-struct user_namespace {
-	int level;
-};
-
-typedef struct {
-} kernel_cap_t;
-
-typedef struct {
-	__u32 val;
-} kuid_t;
-
-struct cred {
-	kuid_t euid;
-	kernel_cap_t cap_effective;
-	struct user_namespace *user_ns;
-};
-
-struct task_struct {
-	struct mm_struct *mm;
-	int pid;
-	int tgid;
-	struct task_struct *group_leader;
-	const struct cred *real_cred;
-	char comm[16];
-};
-
-struct super_block {
-	unsigned long s_magic;
-};
-
-struct inode {
-	unsigned short i_mode;
-	__u32 i_rdev;
-	struct super_block *i_sb;
-};
-
-struct qstr {
-	__u32 len;
-	const unsigned char *name;
-};
-
-struct dentry {
-	struct qstr d_name;
-};
-
-struct path {
-	struct dentry *dentry;
-};
-
-struct file {
-	unsigned int f_mode;
-	struct path f_path;
-	struct inode *f_inode;
-};
-
-struct bpf_iter_meta {
-	struct seq_file *seq;
-};
-
-struct bpf_iter__task {
-	struct bpf_iter_meta *meta;
-	struct task_struct *task;
-};
-
-struct bpf_iter__task_file {
-	struct bpf_iter_meta *meta;
-	struct task_struct *task;
-	struct file *file;
-};
-
-#pragma clang attribute pop
 
 /* The map of guard.bpf.c in its place, where a policy is in force; otherwise this one, which stays empty. */
 struct {
@@ -132,15 +41,6 @@ struct descriptor {
 
 struct descriptor descriptor SEC(".data.descriptor") = {};
 
-/* As in guard.bpf.c. */
-static __always_inline __u32 effective_of(const struct cred *cred)
-{
-	__u64 offset = bpf_core_field_offset(cred->cap_effective);
-
-	barrier_var(offset);
-	return *(const __u32 *)((const void *)cred + offset);
-}
-
 SEC("iter/task")
 int threads(struct bpf_iter__task *ctx)
 {
@@ -161,7 +61,7 @@ int threads(struct bpf_iter__task *ctx)
 	thread.tid = task->pid;
 	thread.uid = cred->euid.val;
 	thread.granted = bpf_map_lookup_elem(&grants, &id) != NULL;
-	thread.effective = effective_of(cred) >> CAP_SYS_PTRACE & 1;
+	thread.effective = has_ptrace(cred);
 	thread.initial = cred->user_ns->level == 0;
 	bpf_probe_read_kernel_str(thread.comm, sizeof(thread.comm), task->group_leader->comm);
 	bpf_seq_write(ctx->meta->seq, &thread, sizeof(thread));
@@ -188,7 +88,7 @@ int descriptors(struct bpf_iter__task_file *ctx)
 
 	if (!task || !file || (file->f_mode & FMODE_PATH))
 		return 0;
-	descriptor.kvm = (file->f_inode->i_mode & S_IFMT) == S_IFCHR && file->f_inode->i_rdev == KVM_RDEV;
+	descriptor.kvm = is_kvm(file);
 	if (!descriptor.kvm && !is_userfaultfd(file))
 		return 0;
 	descriptor.file = (__u64)file;

@@ -1,0 +1,130 @@
+/* SPDX-License-Identifier: GPL-2.0-or-later */
+/* What guard.bpf.c and inspect.bpf.c know of the kernel: only what is used of its structures; CO-RE finds the offsets. */
+#include <linux/types.h>
+#include <linux/bpf.h>
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_helpers.h>
+
+#define CAP_SYS_PTRACE 19
+#define FMODE_PATH 0x4000
+#define KVM_RDEV ((10 << 20) | 232) /* MISC_MAJOR, KVM_MINOR, in the kernel's own dev_t */
+#define S_IFMT 0170000
+#define S_IFCHR 0020000
+
+#pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
+
+typedef struct {
+	__u64 ctx_id; /* arch/x86/include/asm/mmu.h: unique for ever, never 0 */
+} mm_context_t;
+
+struct super_block {
+	__u32 s_dev;
+	unsigned long s_magic;
+};
+
+struct inode {
+	unsigned short i_mode;
+	__u32 i_rdev;
+	struct super_block *i_sb;
+	unsigned long i_ino;
+};
+
+struct qstr {
+	__u32 len;
+	const unsigned char *name;
+};
+
+struct dentry {
+	struct qstr d_name;
+};
+
+struct path {
+	struct dentry *dentry;
+};
+
+struct file {
+	unsigned int f_mode;
+	struct path f_path;
+	struct inode *f_inode;
+};
+
+struct mm_struct {
+	mm_context_t context;
+	struct file *exe_file;
+};
+
+typedef struct {
+	__u32 val;
+} kuid_t;
+
+typedef struct {
+	__u32 val;
+} kgid_t;
+
+struct user_namespace {
+	struct user_namespace *parent;
+	int level;
+	kuid_t owner;
+};
+
+typedef struct {
+} kernel_cap_t;
+
+struct cred {
+	kuid_t uid;
+	kuid_t euid;
+	kgid_t egid;
+	kernel_cap_t cap_effective;
+	struct user_namespace *user_ns;
+};
+
+struct thread_info {
+	__u32 status;
+};
+
+struct task_struct {
+	struct thread_info thread_info;
+	struct mm_struct *mm;
+	int pid;
+	int tgid;
+	struct task_struct *group_leader;
+	const struct cred *real_cred;
+	const struct cred *cred;
+	char comm[16];
+};
+
+struct pt_regs {
+	unsigned long bx, cx, dx, si, di, orig_ax;
+};
+
+struct bpf_iter_meta {
+	struct seq_file *seq;
+};
+
+struct bpf_iter__task {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
+};
+
+struct bpf_iter__task_file {
+	struct bpf_iter_meta *meta;
+	struct task_struct *task;
+	struct file *file;
+};
+
+#pragma clang attribute pop
+
+static __always_inline int is_kvm(const struct file *file)
+{
+	return (file->f_inode->i_mode & S_IFMT) == S_IFCHR && file->f_inode->i_rdev == KVM_RDEV;
+}
+
+/* Whether CAP_SYS_PTRACE is effective, in whatever user namespace. */
+static __always_inline int has_ptrace(const struct cred *cred)
+{
+	/* An array of two words up to 6.2, one double word since: the first 32 capabilities come first in both. */
+	__u64 offset = bpf_core_field_offset(cred->cap_effective);
+
+	barrier_var(offset); /* libbpf does not relocate the load of a struct, only its address */
+	return *(const __u32 *)((const void *)cred + offset) >> CAP_SYS_PTRACE & 1;
+}
