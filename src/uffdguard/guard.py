@@ -143,7 +143,7 @@ def start(configured: Policy, mode: Mode | None = None, *, events_per_second: in
             # a killed start or stop has left may be older than a change that somebody made since: the stricter counts.
             value = 0 if ours else min(native.read_knob(), found_knob(otherwise=1))
             if not FOUND.exists():
-                undo.callback(FOUND.unlink)
+                undo.callback(FOUND.unlink, missing_ok=True)
             write(FOUND, str(value))
         if found.complete and _same_object():
             knob = knob_of(wanted)

@@ -426,9 +426,9 @@ class TestAudit:
             opener.communicate(b"\n")
 
     def test_is_said_wherever_the_state_is_told(self, in_force: Callable[..., None]) -> None:
-        assert (
-            "audit: refusals are counted and told, and let pass" in uffdguard("start", "--mode", "kvm", "--audit").out
-        )
+        warning = "audit: refusals are counted and told, and let pass\n"
+        assert uffdguard("start", "--mode", "kvm", "--audit").err == warning
+        assert uffdguard("mode").err == uffdguard("mode", "disabled").err == warning
         assert "NOT ENFORCED (audit)" in uffdguard("status").out
         assert json.loads(uffdguard("status", "--json").out)["audit"] is True
         assert uffdguard("start").out == ""
