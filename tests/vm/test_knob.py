@@ -138,6 +138,25 @@ def test_the_numbers_are_words_when_the_configuration_says_so(
     os.waitpid(pid, 0)
 
 
+def test_a_number_in_audit_is_for_the_native_knob(serving: int, in_force: Callable[..., None], log: Path) -> None:
+    """So that a line in sysctl.d does there what it does without us."""
+    in_force("kvm", audit=True)
+    for number, answer in (("1", "allowed"), ("0", "EPERM"), ("1", "allowed")):
+        assert sh(f"echo {number} > {FILE}") == (0, "", "")
+        assert (native.read_knob(), actor("syscall")) == (int(number), [answer])
+        assert FILE.read_text() == "disabled enabled [kvm]\n"
+        assert state.status().problems == []
+    assert sh(f"echo disabled > {FILE}") == (0, "", "")
+    assert "mode disabled in audit: refusals are counted and told, and let pass" in log.read_text()
+    assert actor("syscall", "device") == ["allowed"] * 2
+    in_force("kvm")
+    assert sh(f"echo 1 > {FILE}")[0] != 0
+    assert actor("syscall", "device") == ["EPERM"] * 2
+    guard.stop()
+    assert NATIVE.fullmatch(FILE.read_text())
+    assert native.FILE.read_text() == "1\n"
+
+
 def test_others_than_root_read_and_do_not_write(serving: int) -> None:
     assert f"{FILE.stat().st_mode:o} {FILE.stat().st_uid}" == "100644 0"
     assert sh(f"cat {FILE}", user=USER)[1] == "[disabled] enabled kvm\n"
