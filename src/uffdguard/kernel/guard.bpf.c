@@ -389,7 +389,6 @@ static __noinline int refuse(enum reason reason, __u32 now)
 {
 	union policy policy = { .word = now };
 	struct task_struct *task = bpf_get_current_task_btf();
-	int strict = (now & STRICT) != 0;
 	__u32 flags, *mark;
 
 	if (!(now & WITNESS)) {
@@ -404,7 +403,7 @@ static __noinline int refuse(enum reason reason, __u32 now)
 	}
 	if (policy.bits.audit)
 		return 0;
-	return strict ? -EACCES : -EPERM;
+	return now & STRICT ? -EACCES : -EPERM;
 }
 
 SEC("lsm/inode_init_security_anon")
