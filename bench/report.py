@@ -129,7 +129,7 @@ def commands(found: dict[str, Any]) -> str:
 
 def memory(found: dict[str, Any]) -> str:
     """Return the table of what stays in memory."""
-    rows = [["what", "KiB"], *([name, number(size / 1024)] for name, size in found["memory"].items())]
+    rows = [["what", "KiB"], *([name, number(-(-size // 1024))] for name, size in found["memory"].items())]
     return table(rows)
 
 
