@@ -78,8 +78,8 @@ container() {
 	cd /tmp && mkdir -p /tmp/image/bin && cp /bin/busybox /tmp/image/bin/sh && tar -C /tmp/image -cf /tmp/image.tar . || return
 	export HOME=/home/user XDG_RUNTIME_DIR=/tmp/user
 	install -d -o user -m 700 $XDG_RUNTIME_DIR
-	as user podman --storage-driver vfs import -q /tmp/image.tar contained >/dev/null
-	as user podman --storage-driver vfs --cgroup-manager cgroupfs run --rm --network none contained /bin/sh -c 'echo started'
+	as user timeout 300 podman --storage-driver vfs import -q /tmp/image.tar contained >/dev/null
+	as user timeout 300 podman --storage-driver vfs --cgroup-manager cgroupfs run --rm --network none contained /bin/sh -c 'echo started'
 }
 
 # A stranger asks all the time, and must never be allowed; one who is granted asks all the time, and must never be refused.
