@@ -24,7 +24,7 @@ def found() -> dict[str, Any]:
     if "virtme" not in Path("/proc/cmdline").read_text():
         pytest.exit("these tests change the machine they run on: run them in the lab, with `make test-cost`", 4)
     guest.prepare()
-    return guest.compare(guest.SHORT, guest.PATHS, 2)
+    return guest.compare(guest.SHORT, guest.PATHS, 3)
 
 
 def surplus(found: dict[str, Any], subject: str) -> dict[str, float]:
