@@ -473,7 +473,9 @@ class TestWatch:
     def test_prints_an_aligned_line_an_event_and_folds_what_repeats_itself(self, kvm: None) -> None:
         process = self.start("--since-boot")
         totals = self.lines(process, 2)
+        process.send_signal(signal.SIGSTOP)  # so that it sees all at one look
         actor("name:asker", *["syscall"] * 3, f"name:{HOSTILE}", "device:1")
+        process.send_signal(signal.SIGCONT)
         folded, single = self.lines(process, 2)
         process.send_signal(signal.SIGINT)
         assert process.wait() == -signal.SIGINT
@@ -492,9 +494,10 @@ class TestWatch:
         process = self.start("--json", "--all", "--since-boot")
         (totals,) = self.lines(process, 1)
         assert json.loads(totals)["native"] == 0
-        time.sleep(0.5)
-        actor(f"name:{HOSTILE}", "syscall", KVM, "syscall")
-        refused, allowed = map(json.loads, self.lines(process, 2))
+        actor(f"name:{HOSTILE}", "syscall")
+        refused = json.loads(*self.lines(process, 1))
+        actor(KVM, "syscall")
+        allowed = json.loads(*self.lines(process, 1))
         process.terminate()
         process.wait()
         assert (refused["verdict"], refused["command"]) == ("refused", ESCAPED[: len(refused["command"])])
@@ -538,7 +541,7 @@ class TestLog:
             until(lambda: held(journal.WRITTEN))
             try:
                 yield process
-                time.sleep(1)
+                until(lambda: process.poll() is not None or written() == newest())
             finally:
                 process.terminate()
 
@@ -563,18 +566,26 @@ class TestLog:
 
     def test_writes_what_is_allowed_when_asked_to(self, kvm: None) -> None:
         with self.logging("--all"):
-            time.sleep(1)
+            actor("device")
+            until(lambda: written() == newest())  # it looks, so what is allowed is told
             actor(KVM, "syscall")
         (event,) = [journal.to_event(entry) for entry in self.entries("UFFDGUARD_VERDICT=allowed")]
         assert (event.reason, event.granted) == ("kvm", True)
 
     def test_says_how_many_are_missing(self, in_force: Callable[..., None]) -> None:
         in_force("kvm")
+
+        def told() -> int:
+            missing = self.entries(f"MESSAGE_ID={journal.MISSING_ID}")
+            suppressed = sum(int(entry["UFFDGUARD_SUPPRESSED"]) for entry in missing)
+            return suppressed + len(self.entries(f"MESSAGE_ID={journal.EVENT_ID}"))
+
         with self.logging():
-            time.sleep(1)
+            # What was suppressed before its first look is not told.
+            actor("syscall")
+            until(lambda: written() == newest())
             actor("flood:5000")
-        missing = sum(int(entry["UFFDGUARD_SUPPRESSED"]) for entry in self.entries(f"MESSAGE_ID={journal.MISSING_ID}"))
-        assert missing + len(self.entries(f"MESSAGE_ID={journal.EVENT_ID}")) == 5000
+            until(lambda: told() == 5001)
 
     def test_is_read_by_report(self, kvm: None) -> None:
         with self.logging():
@@ -596,6 +607,12 @@ class TestLog:
 
 def test_log_says_that_there_is_no_journal(kvm: None) -> None:
     assert uffdguard("log").err.startswith("uffdguard: the journal does not take entries: ")
+
+
+def written() -> int:
+    """Return the number of the newest event that is in the journal."""
+    numbers = journal.WRITTEN.read_bytes().split()
+    return int(numbers[1]) if numbers else 0
 
 
 def held(path: Path) -> bool:
