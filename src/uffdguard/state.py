@@ -273,8 +273,9 @@ def status() -> Status:
             problems.append("the last start did not come to its end")
         if policy and (counts is None or witness is None):
             problems.append("the counts are those of another version of uffdguard")
-        if witness and witness.tgid:
-            problems.append(f"the last trial of the policy did not come to its end: pid {witness.tgid} is its child")
+        # The child of a trial that goes on is there; that of one that was killed has ended with it.
+        if witness and witness.tgid and not _runs(witness.tgid):
+            problems.append(f"the last trial of the policy did not come to its end: pid {witness.tgid} was its child")
         if policy and not native.PROC.is_mount():
             problems.append(f"no procfs is mounted on {native.PROC}")
         if policy and not FOUND.exists():
@@ -306,6 +307,13 @@ def status() -> Status:
             suppressed=counts.suppressed,
             problems=problems,
         )
+
+
+def _runs(pid: int) -> bool:
+    """Tell whether a process is there and has not ended: one that is yet to be waited for has no executable."""
+    with contextlib.suppress(OSError):
+        return bool((native.PROC / str(pid) / "exe").readlink())
+    return False
 
 
 def _local_time(since_boot: int) -> str:

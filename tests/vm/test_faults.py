@@ -244,10 +244,14 @@ class TestMemoryLimit:
             assert openers.enter_context(opener()) == "allowed"
             # What the kernel has charged ahead it gives back for this limit; for the other it would look for a victim.
             (self.GROUP / "memory.high").write_text("0")
-            (self.GROUP / "memory.max").write_text((self.GROUP / "memory.current").read_text())
-            (self.GROUP / "memory.high").write_text("max")
+
+            def opened_without_a_byte_to_spare() -> str:
+                (self.GROUP / "memory.max").write_text((self.GROUP / "memory.current").read_text())
+                return openers.enter_context(opener())
+
             # It has made some entries ahead, too.
-            number = next(n for n in range(1000) if openers.enter_context(opener()) == "EPERM")
+            number = next(n for n in range(1000) if opened_without_a_byte_to_spare() == "EPERM")
+            (self.GROUP / "memory.high").write_text("max")
             assert (state.status().grants, state.status().lost) == (number + 1, 1)
             (self.GROUP / "memory.max").write_text("max")
             # Where an entry is asked for the kernel gets memory for the next ones: alloc_bulk(), kernel/bpf/memalloc.c.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from inside import USER, Killer, actor, forked, uffdguard, waiting_actor, watched
+from inside import USER, Killer, actor, forked, uffdguard, until, waiting_actor, watched
 
 from uffdguard import guard, proof, state
 from uffdguard.errors import Failure
@@ -401,6 +401,7 @@ def test_a_trial_that_was_killed_is_named_and_mended() -> None:
         guard.set_mode(Mode.KVM)
 
     assert os.WTERMSIG(os.waitpid(forked(killed_while_asking), 0)[1]) == signal.SIGKILL
+    until(lambda: state.status().problems)  # its child ends with it
     assert "the last trial of the policy did not come to its end" in state.status().problems[0]
     assert guard.start(Policy(), None) is True
     assert not state.status().problems
