@@ -22,7 +22,7 @@ DEFAULT = Path("/usr/lib/uffdguard.toml")
 ADMINISTRATOR = Path("/etc/uffdguard.toml")
 DROP_INS = Path("/etc/uffdguard.d")
 
-#: A second, of one user. Those of all users together are in guard.bpf.c.
+#: A second, of one user; see guard.EVENTS_PER_SECOND for all together.
 MOST_EVENTS = 200
 
 

@@ -20,12 +20,12 @@ import pytest
 from inside import Outcome, forked, uffdguard
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
+from unit import test_cli
 
 from uffdguard import __version__, cli, metrics, state
 from uffdguard.errors import Failure, one_line
 from uffdguard.kernel import native
 from uffdguard.policy import Mode, Reason
-from uffdguard.state import Status
 
 if TYPE_CHECKING:
     import signal
@@ -33,16 +33,12 @@ if TYPE_CHECKING:
 
     from prometheus_client.core import Metric
 
+    from uffdguard.state import Status
+
 ROOT = Path(__file__).parents[2]
 
-STATUS = Status(
-    in_force=True,
-    mode=Mode.KVM,
-    user_mode_only=False,
+STATUS = test_cli.STATUS._replace(
     audit=False,
-    since="2026-11-25T12:00:00+0000",
-    kernel="6.12.1-amd64",
-    native_knob=1,
     drift=False,
     pins=dict.fromkeys(state.PARTS, True),
     skipped=2,
@@ -54,7 +50,6 @@ STATUS = Status(
     decisions=dict.fromkeys(Reason, 0) | {Reason.KVM: 30, Reason.NO_KVM: 123456},
     native=0,
     let_pass=0,
-    suppressed=0,
     problems=["one\nthing", "another"],
 )
 STOPPED = STATUS._replace(in_force=False, mode=None, user_mode_only=None, native_knob=None, problems=[])
