@@ -20,7 +20,10 @@ BUILD = Path("build/mutations")
 
 #: What is replaced, and by what.
 MUTATIONS = {
-    "the capability in any user namespace": {" && cred->user_ns->level == 0;": ";"},
+    "the capability in any user namespace": {
+        " && (cred->user_ns == seen_initial || is_initial(cred->user_ns));": ";",
+    },
+    "the user namespace seen last is taken for the initial one": {"if (ns->level != 0)\n\t\treturn 0;\n": ""},
     "nobody has the capability": {"return has_ptrace(cred) &&": "return 0 &&"},
     "a fork inherits the grant": {
         "static __always_inline int is_granted(": "struct task_struct___parent {\n\tstruct task_struct *real_parent;\n"

@@ -19,8 +19,8 @@ from uffdguard.policy import Mode, Way  # noqa: TC001 - at run time too: journal
 
 #: Seconds between two looks. Events have a limit, and the kernel side keeps the newest 2048.
 INTERVAL = 0.25
-#: Seconds for which the allowed ones are asked for anew at each look.
-LEASE = 2
+#: Seconds, at most, for which the allowed ones are asked for anew at each look.
+LEASE = 3
 
 FLAGS = {0x1: "UFFD_USER_MODE_ONLY", os.O_NONBLOCK: "O_NONBLOCK", os.O_CLOEXEC: "O_CLOEXEC"}
 CGROUPS = Path("/sys/fs/cgroup")
@@ -106,14 +106,14 @@ class Stream:
         """
         with contextlib.ExitStack() as stack:
             try:
-                fds = {name: libbpf.get(state.PINS / name) for name in ("events", "watching", "counts")}
+                fds = {name: libbpf.get(state.PINS / name) for name in ("events", "watching", "witness", "counts")}
                 for fd in fds.values():
                     stack.callback(os.close, fd)
                 if self.everything:
-                    until = time.clock_gettime_ns(time.CLOCK_BOOTTIME) + LEASE * 10**9
-                    libbpf.store(fds["watching"], layout.Watching, "all_until", until)
+                    until = int(time.clock_gettime(time.CLOCK_BOOTTIME)) + LEASE
+                    libbpf.store(fds["witness"], layout.Witness, "all_until", until)
                 newest = libbpf.read(fds["watching"], layout.Watching).told
-                suppressed = libbpf.read_sum(fds["counts"], layout.Counts).suppressed
+                suppressed = libbpf.read(fds["counts"], layout.Counts).total().suppressed
             except OSError as error:
                 raise state.not_in_force() from error
             number = libbpf.info(fds["watching"], libbpf.MapInfo).id

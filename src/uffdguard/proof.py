@@ -97,10 +97,11 @@ class Asker:
         :param audit: see a refusal let pass.
         :raises Failure: the policy does not answer as it must.
         """
-        libbpf.write(witness, layout.Witness(tgid=self.pid, strict=strict))
+        for member, value in (("strict", strict), ("decisions", 0), ("tgid", self.pid)):
+            libbpf.store(witness, layout.Witness, member, value)
         answer = self._answer(b"s" if by_syscall else b"d")
         seen = libbpf.read(witness, layout.Witness)
-        libbpf.write(witness, layout.Witness())
+        libbpf.store(witness, layout.Witness, "tgid", 0)
         if seen.decisions != 1:
             raise Failure(
                 f"the policy does not answer: a trial process was {'refused' if answer else 'allowed'} a userfaultfd"

@@ -2,9 +2,9 @@
 
 What is in force lives in the kernel: three links and four maps, pinned in a directory of bpffs that only root
 may enter. What else must be remembered until stop lies in /run/uffdguard. Nothing here changes anything.
-"""
 
-from __future__ import annotations
+As in policy.py, the annotations are no strings.
+"""
 
 import contextlib
 import errno
@@ -13,16 +13,12 @@ import os
 import re
 import stat
 import time
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
 
 from uffdguard.errors import Failure
 from uffdguard.kernel import layout, libbpf, native
-from uffdguard.policy import Mode
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from uffdguard.policy import Policy, Reason
+from uffdguard.policy import Mode, Policy, Reason
 
 PINS = native.BPFFS / "uffdguard"
 #: The native knob as it was found at the first start: written once, removed by stop.
@@ -252,7 +248,7 @@ def status() -> Status:
         policy = found.policy() if found.has("decide") else None
         counts = witness = None
         with contextlib.suppress(OSError, KeyError):
-            counts = libbpf.read_sum(found.fds["counts"], layout.Counts)
+            counts = libbpf.read(found.fds["counts"], layout.Counts).total()
             witness = libbpf.read(found.fds["witness"], layout.Witness)
         # Without our procfs, and with the file in /proc covered, there is no way to it.
         knob = native.read_knob() if native.PROC.is_mount() or not native.is_covered() else None
@@ -283,7 +279,7 @@ def status() -> Status:
         interface: Interface = ("served" if server() else "dead") if native.is_covered() else "native"
         if interface == "dead":
             problems.append("the interface file does not answer: its server has died")
-        counts = counts or layout.Counts()
+        counts = counts or layout.Tally()
         decisions = counts.by_reason()
         return Status(
             in_force=policy is not None,

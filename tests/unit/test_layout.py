@@ -36,12 +36,9 @@ def test_the_compiled_object_has_the_layout_that_is_declared_here(guard_object: 
             "the size of witness",
         ),
         (
-            "ENTRIES",
-            {
-                **layout.ENTRIES,
-                "counts": type("Swapped", (ctypes.Structure,), {"_fields_": tuple(reversed(layout.Counts._fields_))}),
-            },
-            "struct counts",
+            "Tally",
+            type("Swapped", (ctypes.Structure,), {"_fields_": tuple(reversed(layout.Tally._fields_))}),
+            "struct tally",
         ),
     ],
 )
@@ -67,3 +64,12 @@ def test_a_policy_is_one_byte_that_reads_back_the_same(mode: Mode, user_mode_onl
 def test_zero_is_the_strictest_policy() -> None:
     """What a map holds before anything was written to it."""
     assert layout.Word().policy() == Policy(Mode.DISABLED, user_mode_only=False)
+
+
+def test_the_total_of_the_counts_is_the_sum_of_each_tally_even_where_one_is_below_zero() -> None:
+    counts = layout.Counts()
+    counts.of[0].decisions[1], counts.of[63].decisions[1] = 2, 3
+    counts.of[5].grants, counts.of[7].grants = 4, -1
+    counts.of[9].lost = 6
+    total = counts.total()
+    assert (list(total.decisions), total.grants, total.lost) == ([0, 5, 0, 0, 0, 0], 3, 6)

@@ -264,4 +264,4 @@ def test_the_kernel_decides_as_the_model(in_force: Callable[..., None], mode: Mo
 
 def _decisions() -> dict[Reason, int]:
     with state.pinned() as pins:
-        return libbpf.read_sum(pins.fds["counts"], layout.Counts).by_reason()
+        return libbpf.read(pins.fds["counts"], layout.Counts).total().by_reason()

@@ -424,7 +424,7 @@ class Model(RuleBasedStateMachine):
     def every_grant_is_of_a_live_address_space(self) -> None:
         if self.policy and not self.loaded:
             granted = {subject.process.mm for subject in self.subjects if subject.process.mm.granted}
-            assert libbpf.read_sum(self.maps["counts"], layout.Counts).grants == len(granted)
+            assert libbpf.read(self.maps["counts"], layout.Counts).total().grants == len(granted)
 
     # Helpers.
 
@@ -444,7 +444,7 @@ class Model(RuleBasedStateMachine):
     def decisions(self) -> dict[str, int]:
         if not self.policy:
             return {}
-        counts = libbpf.read_sum(self.maps["counts"], layout.Counts)
+        counts = libbpf.read(self.maps["counts"], layout.Counts).total()
         return {str(reason): number for reason, number in counts.by_reason().items()} | {"native": counts.native}
 
     def told(self) -> int:

@@ -47,36 +47,43 @@ union policy {
 
 union policy policy SEC(".data.policy") = {};
 
-/* On each CPU; the sum is what counts. The changes are atomic, since a decision may be preempted by another. */
-struct counts {
+struct tally {
 	__u64 decisions[NR_REASONS];
 	__u64 native; /* refused by the kernel's own knob, before any hook */
 	__u64 let_pass; /* refused in audit: not really */
 	__u64 suppressed; /* events over a limit */
 	__u64 grants; /* address spaces in the map */
 	__u64 lost; /* grants that could not be recorded */
+	__u64 unused[5]; /* two cache lines in all: no CPU waits for another's */
 };
 
-struct {
-	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
-	__type(key, __u32);
-	__type(value, struct counts);
-} counts SEC(".maps");
+/*
+ * The sum is what counts. The changes are atomic: a decision may be preempted by another, and of more than 64 CPUs some
+ * share a tally. A per-CPU map would have one for each, and take six instructions more to find it.
+ */
+#define TALLIES 64
+
+struct counts {
+	struct tally of[TALLIES];
+};
+
+struct counts counts SEC(".data.counts") = {};
 
 /*
  * The one process whose decisions `uffdguard start` watches before it trusts this program. While `strict`, it
  * is decided about as if the mode were `disabled`, so that a refusal can be seen whatever the mode; and refused
  * with EACCES, which no other refusal gives, so that in an upgrade the older program, which is attached as well,
  * cannot be what refused. Each load of this object has its own. What it asks is no use of userfaultfd, and is not
- * among the counts.
+ * among the counts. Beside it, and read as one with it, is until when somebody wants to see what is allowed to others.
  */
 struct witness {
 	int tgid;
+	__u32 all_until; /* s since boot */
 	__u32 strict;
 	__u32 decisions;
 	enum reason reason; /* of the last of them */
-};
+	__u32 unused;
+} __attribute__((aligned(8)));
 
 volatile struct witness witness SEC(".data.witness") = {};
 
@@ -145,7 +152,6 @@ struct {
 struct watching {
 	__u64 told; /* the number of the newest event */
 	__u64 window; /* of all, see take() */
-	__u64 all_until; /* ns since boot; till then somebody wants to see the allowed ones */
 	__u32 per_owner; /* events a second */
 	__u32 total;
 	__u32 round; /* another each time that see_native() is attached */
@@ -181,8 +187,12 @@ struct {
 	__type(value, __u32);
 } refused SEC(".maps");
 
-/* Where the kernel has the name, a constant of its own, once it has been compared: to read it costs 85 instructions. */
-const unsigned char *volatile compared SEC(".data.compared") = 0;
+/*
+ * Where the kernel has two things that are there for ever, once they were seen: the name, which takes 85 instructions to
+ * read, and the initial user namespace, the only one of level 0. To compare an address takes four.
+ */
+const unsigned char *volatile seen_name SEC(".data.seen") = 0;
+const struct user_namespace *volatile seen_initial SEC(".data.seen") = 0;
 
 /* A name of 13 characters, by its first eight: to compare all costs 200 instructions. */
 static __noinline int is_userfaultfd(const unsigned char *name)
@@ -191,20 +201,20 @@ static __noinline int is_userfaultfd(const unsigned char *name)
 
 	if (bpf_probe_read_kernel(&head, sizeof(head), name) || head != *(const __u64 *)"[userfau")
 		return 0;
-	compared = name;
+	seen_name = name;
 	return 1;
 }
 
-/* The key of the counts, where it is already: a look-up wants it in memory. */
-static const volatile __u32 first = 0;
+/* `unshare -U` gives anybody the capability in another. */
+static __noinline int is_initial(const struct user_namespace *ns)
+{
+	if (ns->level != 0)
+		return 0;
+	seen_initial = ns;
+	return 1;
+}
 
-#define count(what, change) \
-	do { \
-		struct counts *here = bpf_map_lookup_elem(&counts, (const void *)&first); \
-\
-		if (here) \
-			__sync_fetch_and_add(&here->what, change); \
-	} while (0)
+#define count(what, change) __sync_fetch_and_add(&counts.of[bpf_get_smp_processor_id() % TALLIES].what, change)
 
 /* What this call asks for, read where its own ABI has its flags; what cannot be told has none. */
 static __always_inline enum way way_of(struct task_struct *task, __u32 *flags)
@@ -238,8 +248,7 @@ static __noinline int asks_user_mode_only(struct task_struct *task)
 
 static __always_inline int is_privileged(const struct cred *cred)
 {
-	/* Only the initial user namespace has level 0: `unshare -U` gives anybody the capability in another. */
-	return has_ptrace(cred) && cred->user_ns->level == 0;
+	return has_ptrace(cred) && (cred->user_ns == seen_initial || is_initial(cred->user_ns));
 }
 
 static __always_inline int is_granted(struct task_struct *task)
@@ -357,30 +366,32 @@ static __noinline int tell(enum reason reason, __u32 policy, int enforced)
 }
 
 /* Of a decision, beside the byte of the policy. The sign is what is tested for most cheaply. */
-#define WITNESS (1U << 31)
-#define STRICT (1U << 30)
+#define SPECIAL (1U << 31)
+#define WITNESS (1U << 30)
+#define STRICT (1U << 29)
 
 /*
  * What no call needs that is allowed is in functions of its own: it would have each save registers for it. All calls,
  * the witness's too, go through the same decide().
  */
-static __noinline __u32 mark_witness(struct task_struct *task, __u32 now)
+static __noinline __u32 attend(struct task_struct *task, __u32 now)
 {
-	if (task->tgid != witness.tgid)
-		return now;
-	return witness.strict ? WITNESS | STRICT : WITNESS | now;
+	if (task->tgid == witness.tgid)
+		return SPECIAL | WITNESS | (witness.strict ? STRICT : now);
+	if (bpf_ktime_get_boot_ns() / 1000000000 < witness.all_until)
+		now |= SPECIAL;
+	return now;
 }
 
-static __noinline int tell_witness(enum reason reason)
+static __noinline int note(enum reason reason, __u32 now)
 {
-	witness.reason = reason;
-	witness.decisions++;
-	return 0;
-}
-
-static __noinline int show(enum reason reason, __u32 now)
-{
-	if (!(now & WITNESS) && bpf_ktime_get_boot_ns() < watching.all_until)
+	if (now & WITNESS) {
+		witness.reason = reason;
+		witness.decisions++;
+		return 0;
+	}
+	count(decisions[reason], 1);
+	if (reason < REASON_DISABLED)
 		tell(reason, now, 1);
 	return 0;
 }
@@ -429,23 +440,21 @@ int BPF_PROG(decide, struct inode *inode, const struct qstr *name, const struct 
 	if ((__u64)context_inode >= least)
 		return 0;
 
-	if (name->name != compared && !is_userfaultfd(name->name))
+	if (name->name != seen_name && !is_userfaultfd(name->name))
 		return 0;
 
 	task = bpf_get_current_task_btf();
 	now = *(volatile __u8 *)&policy.word;
-	if (witness.tgid)
-		now = mark_witness(task, now);
+	if (*(volatile __u64 *)&witness)
+		now = attend(task, now);
 
 	reason = reason_of(task, (union policy){ .word = now });
-	if (now & WITNESS)
-		tell_witness(reason);
+	if (now & SPECIAL)
+		note(reason, now);
 	else
 		count(decisions[reason], 1);
 	if (reason >= REASON_DISABLED)
 		return refuse(reason, now);
-	if (watching.all_until)
-		show(reason, now);
 	return 0;
 }
 

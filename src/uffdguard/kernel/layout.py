@@ -31,8 +31,8 @@ class Word(ctypes.Structure):
         return Policy(MODES[self.mode], bool(self.user_mode_only), bool(self.audit))
 
 
-class Counts(ctypes.Structure):
-    """``struct counts``: what has been decided since the first start, and the grants; on one CPU or on all."""
+class Tally(ctypes.Structure):
+    """``struct tally``: what has been decided since the first start, and the grants; a part of it, or all."""
 
     _fields_ = (
         ("decisions", c_uint64 * len(REASONS)),
@@ -41,6 +41,7 @@ class Counts(ctypes.Structure):
         ("suppressed", c_uint64),
         ("grants", c_uint64),
         ("lost", c_uint64),
+        ("unused", c_uint64 * 5),
     )
 
     def by_reason(self) -> dict[Reason, int]:
@@ -48,10 +49,31 @@ class Counts(ctypes.Structure):
         return dict(zip(REASONS, self.decisions, strict=True))
 
 
-class Witness(ctypes.Structure):
-    """``struct witness``: the process whose decisions are watched, and what was decided about it."""
+class Counts(ctypes.Structure):
+    """``struct counts``: a tally for each CPU, or for some of them together."""
 
-    _fields_ = (("tgid", c_int32), ("strict", c_uint32), ("decisions", c_uint32), ("reason", c_uint32))
+    _fields_ = (("of", Tally * 64),)
+
+    def total(self) -> Tally:
+        """Return the sum of all."""
+        numbers = ctypes.sizeof(Tally) // 8
+        all_of = memoryview(self).cast("B").cast("Q").tolist()
+        # A grant may be counted on one CPU and taken away on another.
+        sums = (sum(all_of[number::numbers]) & 0xFFFFFFFFFFFFFFFF for number in range(numbers))
+        return Tally.from_buffer((c_uint64 * numbers)(*sums))
+
+
+class Witness(ctypes.Structure):
+    """``struct witness``: whose decisions are watched, and what was decided; until when those of all are."""
+
+    _fields_ = (
+        ("tgid", c_int32),
+        ("all_until", c_uint32),  # s since boot
+        ("strict", c_uint32),
+        ("decisions", c_uint32),
+        ("reason", c_uint32),
+        ("unused", c_uint32),
+    )
 
 
 class Event(ctypes.Structure):
@@ -94,7 +116,6 @@ class Watching(ctypes.Structure):
     _fields_ = (
         ("told", c_uint64),
         ("window", c_uint64),
-        ("all_until", c_uint64),  # ns since boot
         ("per_owner", c_uint32),
         ("total", c_uint32),
         ("round", c_uint32),
@@ -124,10 +145,15 @@ class Descriptor(ctypes.Structure):
 
 
 #: The maps of global data, each of one value, and what that value is. In the object: ``.data.NAME``.
-VALUES: dict[str, type[ctypes.Structure]] = {"policy": Word, "witness": Witness, "watching": Watching}
+VALUES: dict[str, type[ctypes.Structure]] = {
+    "policy": Word,
+    "counts": Counts,
+    "witness": Witness,
+    "watching": Watching,
+}
 
 #: The other maps, and what their values are.
-ENTRIES: dict[str, type[ctypes.Structure]] = {"counts": Counts, "events": Slot}
+ENTRIES: dict[str, type[ctypes.Structure]] = {"events": Slot}
 
 #: The ways to ask, in the order of ``enum way``.
 WAYS: tuple[Way, ...] = get_args(Way)
@@ -162,9 +188,10 @@ def check(obj: Object) -> None:
         | {"NR_REASONS": len(REASONS)},
         "enum way": {f"WAY_{word.upper()}": number for number, word in enumerate(WAYS)},
         "struct event": _members(Event),
+        "struct tally": _members(Tally),
     }
     found: dict[str, object] = {f"enum {name}": obj.enumerators(name) for name in ("mode", "reason", "way")}
-    found["struct event"] = obj.members("event")
+    found |= {f"struct {name}": obj.members(name) for name in ("event", "tally")}
     _compare(obj, "guard.bpf.o", VALUES | ENTRIES, expected, found)
 
 

@@ -143,7 +143,6 @@ def library() -> ctypes.CDLL:
         "bpf_map_get_fd_by_id": [c_uint32],
         "bpf_iter_create": [c_int],
         "bpf_link_create": [c_int, c_int, c_int, c_void_p],
-        "libbpf_num_possible_cpus": [],
         "bpf_map_lookup_elem": [c_int, c_void_p, c_void_p],
         "bpf_map_lookup_elem_flags": [c_int, c_void_p, c_void_p, c_uint64],
         "bpf_map_update_elem": [c_int, c_void_p, c_void_p, c_uint64],
@@ -404,21 +403,6 @@ def read(fd: int, kind: type[T]) -> T:
         raise OSError(errno.EINVAL, "a map of another layout")
     _call("bpf_map_lookup_elem", fd, byref(c_uint32(0)), byref(value))
     return value
-
-
-def read_sum(fd: int, kind: type[T]) -> T:
-    """Return the sum over all CPUs of the only value of a per-CPU array; every member is a ``c_uint64``.
-
-    :raises OSError: as :func:`read`.
-    """
-    size = ctypes.sizeof(kind)
-    if info(fd, MapInfo).value_size != size:
-        raise OSError(errno.EINVAL, "a map of another layout")
-    numbers = size // 8
-    values = (c_uint64 * (numbers * _call("libbpf_num_possible_cpus")))()
-    _call("bpf_map_lookup_elem", fd, byref(c_uint32(0)), byref(values))
-    sums = (c_uint64 * numbers)(*(sum(values[number::numbers]) & 0xFFFFFFFFFFFFFFFF for number in range(numbers)))
-    return kind.from_buffer_copy(sums)
 
 
 def read_locked(fd: int, index: int, kind: type[T]) -> T:

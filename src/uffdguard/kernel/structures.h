@@ -68,6 +68,7 @@ struct user_namespace {
 };
 
 typedef struct {
+	__u64 val;
 } kernel_cap_t;
 
 struct cred {
@@ -76,6 +77,14 @@ struct cred {
 	kgid_t egid;
 	kernel_cap_t cap_effective;
 	struct user_namespace *user_ns;
+};
+
+typedef struct {
+	__u32 cap[2];
+} kernel_cap_t___until_6_2;
+
+struct cred___until_6_2 {
+	kernel_cap_t___until_6_2 cap_effective;
 };
 
 struct thread_info {
@@ -122,9 +131,9 @@ static __always_inline int is_kvm(const struct file *file)
 /* Whether CAP_SYS_PTRACE is effective, in whatever user namespace. */
 static __always_inline int has_ptrace(const struct cred *cred)
 {
-	/* An array of two words up to 6.2, one double word since: the first 32 capabilities come first in both. */
-	__u64 offset = bpf_core_field_offset(cred->cap_effective);
+	const struct cred___until_6_2 *older = (const void *)cred;
+	__u64 capabilities = bpf_core_field_exists(older->cap_effective.cap) ? older->cap_effective.cap[0] :
+									       cred->cap_effective.val;
 
-	barrier_var(offset); /* libbpf does not relocate the load of a struct, only its address */
-	return *(const __u32 *)((const void *)cred + offset) >> CAP_SYS_PTRACE & 1;
+	return capabilities >> CAP_SYS_PTRACE & 1;
 }
