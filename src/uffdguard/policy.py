@@ -3,10 +3,9 @@
 :func:`decide` is the reference model; ``decide`` in ``kernel/guard.bpf.c`` is its twin in the kernel, and the
 tests hold the two against each other on live kernels. To add a way to be allowed, add one row to both.
 
-No dataclasses: to import what makes them takes longer than all that ``uffdguard mode`` does.
+No dataclasses: to import what makes them takes longer than all that ``uffdguard mode`` does. And the annotations are
+no strings, which NamedTuple would compile.
 """
-
-from __future__ import annotations
 
 from enum import StrEnum
 from typing import Literal, NamedTuple
