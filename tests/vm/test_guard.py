@@ -495,6 +495,12 @@ def test_an_upgrade_to_an_object_with_more_reasons_counts_anew(
         assert go_on()[1:] == ["allowed"] * len(WAYS)
 
 
+def test_nothing_is_written_to_a_map_of_another_layout() -> None:
+    start("kvm")()
+    with state.pinned() as found, pytest.raises(OSError, match="another layout"):
+        libbpf.store(found.fds["counts"], layout.Watching, "total", 1)
+
+
 def test_a_hundred_changes_at_once_by_ten_while_ten_ask() -> None:
     """Between disabled and kvm: who has not opened /dev/kvm must never be allowed."""
     start("disabled")()

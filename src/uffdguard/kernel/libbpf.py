@@ -398,11 +398,15 @@ def read(fd: int, kind: type[T]) -> T:
 
     :raises OSError: EINVAL when the map's value has another size: it belongs to another version of the object.
     """
+    _compare_size(fd, kind)
     value = kind()
-    if info(fd, MapInfo).value_size != ctypes.sizeof(value):
-        raise OSError(errno.EINVAL, "a map of another layout")
     _call("bpf_map_lookup_elem", fd, byref(c_uint32(0)), byref(value))
     return value
+
+
+def _compare_size(fd: int, kind: type[ctypes.Structure]) -> None:
+    if info(fd, MapInfo).value_size != ctypes.sizeof(kind):
+        raise OSError(errno.EINVAL, "a map of another layout")
 
 
 def read_locked(fd: int, index: int, kind: type[T]) -> T:
@@ -413,7 +417,11 @@ def read_locked(fd: int, index: int, kind: type[T]) -> T:
 
 
 def store(fd: int, kind: type[ctypes.Structure], member: str, value: int) -> None:
-    """Write one member of the only value of a map of global data, in the kernel's own memory: no other is touched."""
+    """Write one member of the only value of a map of global data, in the kernel's own memory: no other is touched.
+
+    :raises OSError: as :func:`read`.
+    """
+    _compare_size(fd, kind)
     field = getattr(kind, member)
     with mmap.mmap(fd, mmap.PAGESIZE) as memory:
         memory[field.offset : field.offset + field.size] = value.to_bytes(field.size, sys.byteorder)
