@@ -322,7 +322,7 @@ def memory() -> dict[str, Any]:
     with policy(Mode.KVM):
         with state.pinned() as found:
             maps = {layout.map_name(name): name for name in state.PARTS if name not in state.USES}
-            maps |= {name: name.split(".")[-1] for name in ("windows", "refused", ".data.seen", "guard.rodata")}
+            maps |= {name: name.split(".")[-1] for name in ("windows", "refused", ".data.seen")}
             taken = {}
             for name, fd in libbpf.maps_of(found.programs["decide"], maps).items():
                 taken[f"map {name}"] = memlock(fd)

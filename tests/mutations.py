@@ -23,7 +23,10 @@ MUTATIONS = {
     "the capability in any user namespace": {
         " || is_initial(cred->user_ns));": " || is_initial(cred->user_ns) || 1);",
     },
-    "the user namespace seen last is taken for the initial one": {"if (ns->level != 0)\n\t\treturn 0;\n": ""},
+    "a user namespace that was refused once is taken for the initial one": {
+        "if (ns->level != 0)\n\t\treturn 0;\n\tseen_initial = ns;": "seen_initial = ns;\n"
+        "\tif (ns->level != 0)\n\t\treturn 0;",
+    },
     "nobody has the capability": {"return has_ptrace(cred) &&": "return 0 &&"},
     "a fork inherits the grant": {
         "static __always_inline int is_granted(": "struct task_struct___parent {\n\tstruct task_struct *real_parent;\n"

@@ -97,7 +97,7 @@ class Asker:
         :param audit: see a refusal let pass.
         :raises Failure: the policy does not answer as it must.
         """
-        for member, value in (("strict", strict), ("decisions", 0), ("tgid", self.pid)):
+        for member, value in (("tgid", 0), ("strict", strict), ("decisions", 0), ("tgid", self.pid)):
             libbpf.store(witness, layout.Witness, member, value)
         answer = self._answer(b"s" if by_syscall else b"d")
         seen = libbpf.read(witness, layout.Witness)

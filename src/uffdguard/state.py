@@ -1,7 +1,7 @@
 """How things stand: what is pinned, whether it belongs together, what is remembered, and what was decided.
 
-What is in force lives in the kernel: three links and four maps, pinned in a directory of bpffs that only root
-may enter. What else must be remembered until stop lies in /run/uffdguard. Nothing here changes anything.
+What is in force lives in the kernel: links, programs and maps, pinned in a directory of bpffs that only root may
+enter. What else must be remembered until stop lies in /run/uffdguard. Nothing here changes anything.
 
 As in policy.py, the annotations are no strings.
 """
@@ -294,7 +294,7 @@ def status() -> Status:
             skipped=sum(program.recursion_misses for program in found.programs.values()),
             lost=counts.lost,
             interface=interface,
-            grants=counts.grants,
+            grants=max(0, counts.grants),  # below 0: one came and went between the looks at two tallies
             allowed=sum(number for reason, number in decisions.items() if reason.allowed),
             refused=counts.native + sum(number for reason, number in decisions.items() if not reason.allowed),
             decisions=decisions,

@@ -48,9 +48,12 @@ def main(arguments: list[str] | None = None) -> NoReturn:
     try:
         if len(arguments) == 1 and arguments[0] in PLAIN:
             gc.disable()  # a thirtieth of what they take; they end before there is anything to collect
-            from uffdguard.cli import plain
+            try:
+                from uffdguard.cli import plain
 
-            sys.exit(getattr(plain, arguments[0])())
+                sys.exit(getattr(plain, arguments[0])())
+            finally:
+                gc.enable()
         from uffdguard.cli import group
 
         sys.exit(group.run(arguments))

@@ -54,12 +54,12 @@ struct tally {
 	__u64 suppressed; /* events over a limit */
 	__u64 grants; /* address spaces in the map */
 	__u64 lost; /* grants that could not be recorded */
-	__u64 unused[5]; /* two cache lines in all: no CPU waits for another's */
+	__u64 unused[5]; /* two cache lines in all */
 };
 
 /*
- * The sum is what counts. The changes are atomic: a decision may be preempted by another, and of more than 64 CPUs some
- * share a tally. A per-CPU map would have one for each, and take six instructions more to find it.
+ * The sum is what counts. A tally for each CPU, so that none waits for another; of more than 64 some share one. The
+ * changes are atomic, since a decision may be preempted by another, too. A per-CPU map would have one for each, and take six instructions more to find it.
  */
 #define TALLIES 64
 
@@ -376,10 +376,14 @@ static __noinline int tell(enum reason reason, __u32 policy, int enforced)
  */
 static __noinline __u32 attend(struct task_struct *task, __u32 now)
 {
+	__u32 until = witness.all_until;
+
 	if (task->tgid == witness.tgid)
 		return SPECIAL | WITNESS | (witness.strict ? STRICT : now);
-	if (bpf_ktime_get_boot_ns() / 1000000000 < witness.all_until)
-		now |= SPECIAL;
+	if (bpf_ktime_get_boot_ns() / 1000000000 < until)
+		return SPECIAL | now;
+	/* Nobody wants to see them any more: let all calls that follow go without this. */
+	__sync_val_compare_and_swap(&witness.all_until, until, 0);
 	return now;
 }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_char, c_int32, c_uint8, c_uint32, c_uint64
+from ctypes import c_char, c_int32, c_int64, c_uint8, c_uint32, c_uint64
 from typing import TYPE_CHECKING, Any, get_args
 
 from uffdguard.errors import Failure
@@ -39,7 +39,7 @@ class Tally(ctypes.Structure):
         ("native", c_uint64),
         ("let_pass", c_uint64),
         ("suppressed", c_uint64),
-        ("grants", c_uint64),
+        ("grants", c_int64),
         ("lost", c_uint64),
         ("unused", c_uint64 * 5),
     )
