@@ -27,8 +27,9 @@ DOCUMENT = """\
 
 What `{command}` found on {date} of uffdguard {version}: for each kernel line of `uffdguard lab kernels`, what
 came of each suite of tests, and the minutes and seconds that it took under QEMU's emulation. Where tests were skipped,
-the kernel or the machine lacks what they are about. On a line that is refused, nothing can be put in force; its suite
-sees that each command says so, and leaves nothing behind.
+the kernel or the machine lacks what they are about; the deselected take long, and are those of
+`make test-clients-long`. On a line that is refused, nothing can be put in force; its suite sees that each command says
+so, and leaves nothing behind.
 
 {table}
 """
