@@ -432,7 +432,7 @@ int BPF_PROG(decide, struct inode *inode, const struct qstr *name, const struct 
 	if (ret)
 		return ret;
 
-	if (name->len != 13)
+	if (name->name != seen_name && (name->len != 13 || !is_userfaultfd(name->name)))
 		return 0;
 
 	/*
@@ -442,9 +442,6 @@ int BPF_PROG(decide, struct inode *inode, const struct qstr *name, const struct 
 	 */
 	barrier_var(least);
 	if ((__u64)context_inode >= least)
-		return 0;
-
-	if (name->name != seen_name && !is_userfaultfd(name->name))
 		return 0;
 
 	task = bpf_get_current_task_btf();
