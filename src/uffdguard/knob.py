@@ -181,6 +181,23 @@ def serve_under_manager() -> NoReturn:
     serve(fuse)
 
 
+def claim(lock: int) -> None:
+    """Lock the server's file for as long as this descriptor is open.
+
+    :raises Failure: another server has it.
+    """
+    end = time.monotonic() + 1
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            # Who looks whether a server runs has a lock on it, too, for an instant: state.server().
+            if time.monotonic() > end:
+                raise Failure("the interface file is being served already", "see uffdguard status") from None
+        time.sleep(0.01)
+
+
 def serve(fuse: int) -> NoReturn:
     """Serve what is mounted, or soon will be, by the descriptor FUSE of /dev/fuse, without any privilege but root's.
 
@@ -198,10 +215,7 @@ def serve(fuse: int) -> NoReturn:
                 raise state.not_in_force()
             step("claim the file")
             lock = os.open(state.SERVER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Failure("the interface file is being served already", "see uffdguard status") from None
+            claim(lock)
             os.truncate(lock, 0)
             os.write(lock, b"%d\n" % os.getpid())
             server = Server(asker)

@@ -1,16 +1,19 @@
-"""The text format of the interface file."""
+"""The text format of the interface file, and who serves it."""
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uffdguard import knob
+from uffdguard import knob, state
+from uffdguard.errors import Failure
 from uffdguard.kernel import native
 from uffdguard.knob import LONGEST, parse
 from uffdguard.policy import Mode
@@ -83,3 +86,13 @@ def test_a_process_has_no_capability_by_its_name(monkeypatch: pytest.MonkeyPatch
         assert knob._status(os.getpid(), "CapEff") == true.decode()
     finally:
         comm.write_bytes(before)
+
+
+def test_a_server_begins_while_others_look_whether_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "SERVER", tmp_path / "knob")
+    with state.SERVER.open("w") as file, state.SERVER.open() as look:
+        fcntl.flock(look, fcntl.LOCK_SH)
+        threading.Timer(0.2, fcntl.flock, (look, fcntl.LOCK_UN)).start()
+        knob.claim(file.fileno())
+        with state.SERVER.open() as other, pytest.raises(Failure, match="being served already"):
+            knob.claim(other.fileno())
