@@ -59,7 +59,8 @@ struct tally {
 
 /*
  * The sum is what counts. A tally for each CPU, so that none waits for another; of more than 64 some share one. The
- * changes are atomic, since a decision may be preempted by another, too. A per-CPU map would have one for each, and take six instructions more to find it.
+ * changes are atomic, since a decision may be preempted by another, too. A per-CPU map would have one for each, and take
+ * six instructions more to find it.
  */
 #define TALLIES 64
 
@@ -188,8 +189,8 @@ struct {
 } refused SEC(".maps");
 
 /*
- * Where the kernel has two things that are there for ever, once they were seen: the name, which takes 85 instructions to
- * read, and the initial user namespace, the only one of level 0. To compare an address takes four.
+ * Where the kernel has two things that are there for ever, once they were seen: the name, which takes 85 instructions
+ * to read, and the initial user namespace, the only one of level 0. To compare an address takes four.
  */
 const unsigned char *volatile seen_name SEC(".data.seen") = 0;
 const struct user_namespace *volatile seen_initial SEC(".data.seen") = 0;
