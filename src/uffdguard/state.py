@@ -266,32 +266,44 @@ class Status(NamedTuple):
     problems: list[str]
 
 
-def ask(found: Pinned, policy: Policy | None) -> str | None:
-    """Ask what is pinned whether it decides, and return None if it does, else the reason for the doubt.
+class Doubts(NamedTuple):
+    """Why what is pinned may not be in force, where it was asked; None: it answers."""
 
-    Where it does not, the native knob is closed if that protects: :func:`uffdguard.proof.close_net`.
+    policy: str | None = None
+    guard: str | None = None
+
+
+def ask(found: Pinned, policy: Policy | None) -> Doubts:
+    """Ask the policy and the guard of sysctls that are pinned.
+
+    Where the policy does not answer, the native knob is closed if that protects: :func:`uffdguard.proof.close_net`.
     """
     from uffdguard import proof
     from uffdguard.guard import locked
 
     if not native.in_initial("pid"):
-        return "it cannot be asked from another pid namespace"
+        return Doubts("it cannot be asked from another pid namespace")
+    guard = None
     try:
-        with locked(), proof.Asker() as asker:
+        with locked(), proof.Asker() as asker, native.Knob() as knob:
+            if "guard_sysctl" in found.programs:
+                try:
+                    proof.ask_guard(found.fds["witness"], knob)
+                except Failure as error:
+                    guard = error.what
             try:
                 asker.ask(found.fds["witness"], Reason.DISABLED, strict=True)
             except proof.Silence:
                 raise
             except Failure as error:
                 log.debug("close the native knob")
-                with native.Knob() as knob:
-                    proof.record(found.fds, answers=False)
-                    closed = proof.close_net(found.fds, policy, knob)
-                return f"{error}{'; the native knob is closed' if closed else ''}"
+                proof.record(found.fds, answers=False)
+                closed = proof.close_net(found.fds, policy, knob)
+                return Doubts(f"{error}{'; the native knob is closed' if closed else ''}", guard)
             proof.record(found.fds, answers=True)
     except (Failure, OSError, KeyError) as error:
-        return f"it could not be asked: {error}"
-    return None
+        return Doubts(f"it could not be asked: {error}", guard)
+    return Doubts(guard=guard)
 
 
 def status() -> Status:
@@ -301,7 +313,7 @@ def status() -> Status:
         policy = found.policy() if found.has("decide") else None
         # What was left by a trial that was killed; to ask is a trial of its own.
         trial = _trial(found)
-        reason = ask(found, policy) if policy else "it is not pinned" if found.pins else None
+        doubts = ask(found, policy) if policy else Doubts("it is not pinned" if found.pins else None)
         counts = kept = None
         with contextlib.suppress(OSError, KeyError):
             counts = libbpf.read(found.fds["counts"], layout.Counts).total()
@@ -312,8 +324,7 @@ def status() -> Status:
         problems = list(found.problems) if left else []
         due = knob_of(policy) if policy else None
         drift = policy is not None and knob not in (due, None)
-        if policy and reason:
-            problems.append(reason)
+        problems += [doubt for doubt in doubts if doubt and policy]
         if policy and not found.can_guard:
             problems.append("this kernel cannot guard sysctls (CONFIG_CGROUP_BPF): ftrace_enabled=0 ends the policy")
         if policy and native.read_ftrace() == 0:
@@ -347,8 +358,8 @@ def status() -> Status:
         counts = counts or layout.Tally()
         decisions = counts.by_reason()
         return Status(
-            in_force=policy is not None and reason is None,
-            reason=reason,
+            in_force=policy is not None and doubts.policy is None,
+            reason=doubts.policy,
             mode=policy.mode if policy else None,
             user_mode_only=policy.user_mode_only if policy else None,
             audit=policy.audit if policy else None,

@@ -30,10 +30,13 @@ ELSEWHERE = "mkdir -p /run/elsewhere && mount -t proc proc /run/elsewhere && ech
 
 def written(path: Path, value: str) -> int:
     """Write a sysctl; return 0 or the errno."""
+    fd = os.open(path, os.O_WRONLY)
     try:
-        path.write_text(value)
+        os.write(fd, value.encode())
     except OSError as error:
         return error.errno or -1
+    finally:
+        os.close(fd)
     return 0
 
 
