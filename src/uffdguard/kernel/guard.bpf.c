@@ -107,7 +107,7 @@ enum way {
 	WAY_DEVICE,
 };
 
-/* A decision, for events.py. */
+/* A decision, or the refusal to write a sysctl, for events.py. */
 struct event {
 	__u64 number; /* from 1 */
 	__u64 time; /* ns since boot */
@@ -127,7 +127,7 @@ struct event {
 	__u8 initial;
 	__u8 capability;
 	__u8 granted;
-	__u8 unused;
+	__u8 sysctl; /* 0: a decision; else which sysctl was not written, and `flags` has the value that was asked for */
 	char command[16];
 	char executable[40]; /* its file's name, without the directories */
 };

@@ -77,7 +77,7 @@ class Witness(ctypes.Structure):
 
 
 class Event(ctypes.Structure):
-    """``struct event``: a decision, for events.py."""
+    """``struct event``: a decision, or the refusal to write a sysctl, for events.py."""
 
     _fields_ = (
         ("number", c_uint64),
@@ -98,7 +98,7 @@ class Event(ctypes.Structure):
         ("initial", c_uint8),
         ("capability", c_uint8),
         ("granted", c_uint8),
-        ("unused", c_uint8),
+        ("sysctl", c_uint8),  # 0, or the place of a name in SYSCTLS, from 1
         ("command", c_char * 16),
         ("executable", c_char * 40),
     )
@@ -154,6 +154,9 @@ VALUES: dict[str, type[ctypes.Structure]] = {
 
 #: The other maps, and what their values are.
 ENTRIES: dict[str, type[ctypes.Structure]] = {"events": Slot}
+
+#: The sysctls whose writes are refused, in the order of ``event.sysctl``, which begins with 1.
+SYSCTLS = ("kernel.ftrace_enabled", "vm.unprivileged_userfaultfd")
 
 #: The ways to ask, in the order of ``enum way``.
 WAYS: tuple[Way, ...] = get_args(Way)
