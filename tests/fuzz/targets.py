@@ -35,7 +35,7 @@ from uffdguard import events as decisions
 from uffdguard.cli.report import facts, show
 from uffdguard.cli.watch import Lines, Objects
 from uffdguard.errors import Failure, one_line
-from uffdguard.journal import MISSING_ID, of_event, to_event
+from uffdguard.journal import MISSING_ID, of_entry, to_event
 from uffdguard.kernel import features, layout, native, probe
 from uffdguard.lab import kernels, vm
 from uffdguard.policy import Mode, Policy
@@ -534,8 +534,8 @@ def events(data: bytes) -> None:
     if event is None:
         return
     check_line(event.line)
-    assert to_event(of_event(event)) == event
-    assert to_event(json.loads(json.dumps(of_event(event)))) == event
+    assert to_event(of_entry(event)) == event
+    assert to_event(json.loads(json.dumps(of_entry(event)))) == event
 
     (line,) = printed(lambda: Objects().events([event]))
     assert json.loads(line) == {**asdict(event), "flags": list(event.flags)}

@@ -39,7 +39,7 @@ EVENT = Event(
     "event", [EVENT, replace(EVENT, flags=(), enforced=False, executable="/a b|c", uid=4294967294)]
 )
 def test_an_event_comes_out_of_the_journal_as_it_went_in(event: Event) -> None:
-    assert journal.to_event({**journal.of_event(event), "_PID": "1"}) == event
+    assert journal.to_event({**journal.of_entry(event), "_PID": "1"}) == event
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_an_event_comes_out_of_the_journal_as_it_went_in(event: Event) -> None:
 )
 def test_an_entry_that_is_none_of_ours_is_told_so(field: str, value: object) -> None:
     with pytest.raises(ValueError):
-        journal.to_event({**journal.of_event(EVENT), f"UFFDGUARD_{field}": value})
+        journal.to_event({**journal.of_entry(EVENT), f"UFFDGUARD_{field}": value})
 
 
 def test_a_line_says_whether_the_verdict_was_carried_out() -> None:

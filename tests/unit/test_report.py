@@ -82,7 +82,7 @@ HOSTILE = [
 def entry(event: Event, uid: int = 0) -> dict[str, str]:
     """Return an entry whose executable is a file of its own for each name."""
     event = replace(event, exe_inode=zlib.crc32((event.executable or event.command).encode()))
-    return {**journal.of_event(event), "_UID": str(uid), "_PID": "1"}
+    return {**journal.of_entry(event), "_UID": str(uid), "_PID": "1"}
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +131,7 @@ def test_a_program_is_one_file_and_has_its_path_once_that_is_known() -> None:
     other = replace(short, exe_inode=short.exe_inode + 1)
     found = report.Report(False)
     for event in (short, long, short, other):
-        found.add(json.dumps(journal.of_event(event)).encode())
+        found.add(json.dumps(journal.of_entry(event)).encode())
     assert {who.program: uses.asked for who, uses in found.uses.items()} == {"/usr/bin/python3.11": 3, "python3.11": 1}
 
 
