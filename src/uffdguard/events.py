@@ -133,7 +133,7 @@ class Notice:
         """What happened, and what to do, in one line."""
         if self.answers:
             return "the policy answers again"
-        return "the policy does not answer: it refuses nobody; see uffdguard status"
+        return "the policy does not answer: it refuses nobody, and the native knob alone decides; see uffdguard status"
 
 
 Entry = Event | SysctlWrite | Notice
