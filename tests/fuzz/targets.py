@@ -560,7 +560,7 @@ def events(data: bytes) -> None:
 
 @target
 def journal(data: bytes) -> None:
-    """Lines of journalctl: each is a use, a refused write, a notice, a number of missing events or damaged; all is shown.
+    """Lines of journalctl: each is a use, a refused write, a notice, a number of missing ones or damaged; all is shown.
 
     A byte for the option user-mode-only, then the lines.
     """
