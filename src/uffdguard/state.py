@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from uffdguard.conditions import Facts, Guard, failing
 from uffdguard.errors import Failure
 from uffdguard.kernel import layout, libbpf, native
 from uffdguard.policy import Mode, Policy, Reason
@@ -220,6 +221,7 @@ class Status(NamedTuple):
     """How things stand. The names are those of ``status --json``."""
 
     in_force: bool
+    reason: str | None  # why it is not, where it should be
     mode: Mode | None
     user_mode_only: bool | None
     audit: bool | None  # refusals are counted and told, and let pass
@@ -230,6 +232,7 @@ class Status(NamedTuple):
     pins: dict[str, bool]
     skipped: int  # times the kernel skipped grant or forget
     lost: int  # grants that could not be recorded
+    guard: Guard | None  # None: no policy is in force
     interface: Interface
     grants: int
     allowed: int
@@ -238,7 +241,9 @@ class Status(NamedTuple):
     native: int  # refused by the native knob, before the policy was asked
     let_pass: int  # of the refused, those that audit let pass
     suppressed: int  # events over a limit
-    problems: list[str]
+    sysctl_refused: int  # writes to sysctls that the guard refused
+    problems: list[str]  # a sentence each
+    failing: list[str]  # the names of the conditions that these are about, see conditions.py
 
 
 def status() -> Status:
@@ -253,46 +258,44 @@ def status() -> Status:
         # Without our procfs, and with the file in /proc covered, there is no way to it.
         knob = native.read_knob() if native.PROC.is_mount() or not native.is_covered() else None
         left = bool(found.pins) or bool(foreign_pins()) or FOUND.exists() or LOADED.exists()
-        problems = list(found.problems) if left else []
         due = knob_of(policy) if policy else None
-        drift = policy is not None and knob not in (due, None)
-        if policy and drift:
-            problems.append(
-                f"the native knob is {knob} and not {due}: "
-                + ("processes that the mode allows are refused" if knob == 0 else "the net below the policy is open")
-            )
-        if policy and policy.mode is Mode.KVM and (problem := native.wrong_kvm()):
-            problems.append(f"{problem}: it grants nobody")
-        if policy and found.counts_native is not (due == 0):
-            problems.append("the refusals of the native knob are not counted" if due == 0 else "a counter is left over")
-        if policy and not LOADED.exists():
-            problems.append("the last start did not come to its end")
-        if policy and (counts is None or witness is None):
-            problems.append("the counts are those of another version of uffdguard")
+        interface: Interface = ("served" if server() else "dead") if native.is_covered() else "native"
+        facts = Facts(policy=policy, damage=tuple(found.problems) if left else (), interface_dead=interface == "dead")
         # The child of a trial that goes on is there; that of one that was killed has ended with it.
         if witness and witness.tgid and not _runs(witness.tgid):
-            problems.append(f"the last trial of the policy did not come to its end: pid {witness.tgid} was its child")
-        if policy and not native.PROC.is_mount():
-            problems.append(f"no procfs is mounted on {native.PROC}")
-        if policy and not FOUND.exists():
-            problems.append(f"{FOUND} is gone: stop will leave the native knob at 0")
-        interface: Interface = ("served" if server() else "dead") if native.is_covered() else "native"
-        if interface == "dead":
-            problems.append("the interface file does not answer: its server has died")
+            facts = facts._replace(trial_left=witness.tgid)
+        if policy:
+            if counts is None or witness is None:
+                other = "the counts are those of another version of uffdguard"
+                facts = facts._replace(damage=(*facts.damage, other))
+            facts = _with_machine(facts)._replace(
+                knob=knob,
+                due=due,
+                knob_problem=None if native.PROC.is_mount() else f"no procfs is mounted on {native.PROC}",
+                kvm=native.wrong_kvm() if policy.mode is Mode.KVM else None,
+                native_counted=found.counts_native,
+                start_complete=LOADED.exists(),
+                found_recorded=FOUND.exists(),
+                skipped=sum(program.recursion_misses for program in found.programs.values()),
+                lost=counts.lost if counts else 0,
+            )
+        wrong = failing(facts)
         counts = counts or layout.Tally()
         decisions = counts.by_reason()
         return Status(
             in_force=policy is not None,
+            reason=facts.reason,
             mode=policy.mode if policy else None,
             user_mode_only=policy.user_mode_only if policy else None,
             audit=policy.audit if policy else None,
             since=_local_time(found.programs["decide"].load_time) if policy else None,
             kernel=os.uname().release,
             native_knob=knob,
-            drift=drift,
+            drift=due is not None and knob not in (due, None),
             pins={part: part in found.pins for part in PARTS},
             skipped=sum(program.recursion_misses for program in found.programs.values()),
             lost=counts.lost,
+            guard=facts.guard if policy else None,
             interface=interface,
             grants=max(0, counts.grants),  # below 0: one came and went between the looks at two tallies
             allowed=sum(number for reason, number in decisions.items() if reason.allowed),
@@ -301,8 +304,20 @@ def status() -> Status:
             native=counts.native,
             let_pass=counts.let_pass,
             suppressed=counts.suppressed,
-            problems=problems,
+            sysctl_refused=getattr(counts, "sysctl", 0),
+            problems=[sentence for _, sentence in wrong],
+            failing=list(dict.fromkeys(condition.name for condition, _ in wrong)),
         )
+
+
+def _with_machine(facts: Facts) -> Facts:
+    """Add what is known of the machine to FACTS."""
+    from uffdguard.kernel import features
+
+    facts = facts._replace(ftrace_enabled=features.ftrace_enabled(), jit=features.jit_enabled())
+    facts = facts._replace(preemption=features.preemption(), recursion_guard=False)
+    # To look into the kernel's BTF takes 10 ms.
+    return facts._replace(recursion_guard=features.recursion_guard()) if facts.preempts else facts
 
 
 def _runs(pid: int) -> bool:

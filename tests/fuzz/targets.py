@@ -237,6 +237,7 @@ def interface(data: bytes) -> None:
 
 STATUS = state.Status(
     in_force=True,
+    reason=None,
     mode=Mode.KVM,
     user_mode_only=False,
     audit=False,
@@ -247,6 +248,7 @@ STATUS = state.Status(
     pins=dict.fromkeys(state.PARTS, True),
     skipped=0,
     lost=0,
+    guard="attached",
     interface="native",
     grants=1,
     allowed=1,
@@ -255,7 +257,9 @@ STATUS = state.Status(
     native=0,
     let_pass=0,
     suppressed=0,
+    sysctl_refused=0,
     problems=[],
+    failing=[],
 )
 WAYS = ("syscall", "syscall-user-mode-only", "device")
 ANSWER = inspect.Answer(

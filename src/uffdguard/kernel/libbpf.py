@@ -291,6 +291,7 @@ class Object:
         return fd
 
 
+@functools.cache
 def kernel_has_function(name: str) -> bool:
     """Tell whether the running kernel's BTF describes the function NAME.
 
