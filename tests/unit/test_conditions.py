@@ -155,6 +155,12 @@ def test_the_alerting_rules_are_those_of_the_list() -> None:
     assert prometheus.RULES.read_text() == rules.rules(), "run .venv/bin/python tests/rules.py"
 
 
+def test_the_manual_page_has_the_list() -> None:
+    page = rules.SEEING.parents[1] / "man/uffdguard.8"
+    names = re.findall(r"^\.It Li ([a-z-]+)$", page.read_text(), re.MULTILINE)
+    assert names == [condition.name for condition in CONDITIONS]
+
+
 def test_the_documentation_has_the_list() -> None:
     assert rules.SEEING.read_text() == rules.seeing(), "run .venv/bin/python tests/rules.py"
     assert rules.table() in rules.seeing()

@@ -69,7 +69,7 @@ def test_an_ordinary_user_learns_what_can_be_told_while_a_policy_is_in_force(in_
     status, able, rows = doctor(USER)
     assert (status, able, rows["privileges"]["state"], rows["sysctl"]["state"]) == (1, None, "missing", "ok")
     assert {name for name, row in rows.items() if row["state"] == "missing"} == {"privileges"}
-    assert rows["program decide"]["state"] == rows["namespaces"]["state"] == rows["JIT"]["state"] == "cannot tell"
+    assert rows["program decide"]["state"] == rows["namespaces"]["state"] == "cannot tell"
 
 
 def test_ftrace_that_is_off_is_named_and_refused(sysctl: Callable[[Path, int], None]) -> None:

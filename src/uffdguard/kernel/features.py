@@ -202,7 +202,7 @@ def ftrace_enabled() -> int | None:
 
 
 def jit_enabled() -> int | None:
-    """Return net.core.bpf_jit_enable; None: there is no such sysctl, or only root may read it."""
+    """Return net.core.bpf_jit_enable, likewise."""
     return _number(JIT_ENABLED)
 
 
@@ -217,7 +217,7 @@ def _ftrace() -> Row:
 def _jit() -> Row:
     value = jit_enabled()
     if value is None and JIT_ENABLED.exists():
-        return Row("JIT", "cannot tell", f"only root may read {JIT_ENABLED}", "run it as root, e.g. with sudo")
+        return Row("JIT", "cannot tell", f"cannot read {JIT_ENABLED}", "run it as root, on the host itself")
     if value == 0:
         # Measured on 6.1 and 7.3: the trampolines call the interpreter then.
         return Row("JIT", "ok", "net.core.bpf_jit_enable = 0: the kernel interprets programs, which is slower")
