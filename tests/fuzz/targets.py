@@ -249,6 +249,7 @@ STATUS = state.Status(
     pins=dict.fromkeys(state.PARTS, True),
     skipped=0,
     lost=0,
+    guard="attached",
     interface="native",
     grants=1,
     allowed=1,
@@ -257,7 +258,9 @@ STATUS = state.Status(
     native=0,
     let_pass=0,
     suppressed=0,
+    sysctl_refused=0,
     problems=[],
+    failing=[],
 )
 WAYS = ("syscall", "syscall-user-mode-only", "device")
 ANSWER = inspect.Answer(
