@@ -256,7 +256,7 @@ class TestFallback:
         assert (done.returncode, done.stderr) == (0, "")
         assert knob.read_text() == "0\n"
         assert done.stdout.startswith("<3>uffdguard.service has failed and no policy is in force: ")
-        assert "vm.unprivileged_userfaultfd, which was 1, is 0, " in done.stdout
+        assert "vm.unprivileged_userfaultfd is 0 now (before: 1), " in done.stdout
         assert done.stdout.endswith("correct what it names, and run systemctl restart uffdguard.service.\n")
         assert (root / "unmounted").read_text() == "-a -l -t fuse.uffdguard\n"
 
