@@ -17,6 +17,8 @@ units() { systemctl is-active uffdguard uffdguard-knob uffdguard-log; }
 served() { for _ in $(seq 200); do grep -q kvm $FILE && [ "$(units)" = $'active\nactive\nactive' ] && break; sleep 0.2; done; }
 logged() { journalctl -b -o cat UFFDGUARD_VERDICT=refused "$@" | sed 's/pid [0-9]*/pid N/'; }
 settle() { for _ in $(seq 1000); do [ "$(systemctl is-system-running)" = starting ] || break; sleep 0.1; done; }
+# Until systemd has nothing left to do: what a failure starts comes after the command that failed.
+idle() { for _ in $(seq 100); do [ "$(systemctl list-jobs --no-legend)" ] || break; sleep 0.1; done; }
 failed() { systemctl --failed --plain --no-legend | cut -d ' ' -f 1; }
 # Past whatever covers it.
 native() { unshare -m sh -c "mount -t proc proc /proc && cat $FILE"; }
@@ -80,7 +82,8 @@ typo() {
 	closed
 	echo 1 >$FILE
 	systemctl restart uffdguard
-	tell again "$?;$(cat $FILE)"
+	status=$?; idle
+	tell again "$status;$(cat $FILE)"
 
 	echo 'mode = "kvm"' >$CONFIGURATION
 	systemctl start uffdguard
@@ -92,7 +95,8 @@ typo() {
 	tell reload "$?;$(cat $FILE);$(native);$(units);$(fallback | wc -l)"
 
 	systemctl restart uffdguard
-	tell restart "$?;$(native);$(units);$(failed)"
+	status=$?; idle
+	tell restart "$status;$(native);$(units);$(failed)"
 	tell restart-fallback "$(fallback | tail -n +3)"
 	tell restart-decides "$(as stranger /root/actor syscall) $(as user /root/actor open:/dev/kvm syscall)"
 
@@ -101,13 +105,15 @@ typo() {
 	served
 	mv $PYTHON $PYTHON.away
 	systemctl stop uffdguard
+	idle
 	tell stop "$(native);$(failed | grep -x uffdguard.service)"
 	tell stop-decides "$(as stranger /root/actor syscall) $(as user /root/actor open:/dev/kvm syscall)"
 
 	# Nobody decides any more, and perhaps a file that no server answers covers the knob.
 	rm -r /sys/fs/bpf/uffdguard
 	systemctl start uffdguard
-	tell gone "$?;$(cat $FILE)"
+	status=$?; idle
+	tell gone "$status;$(cat $FILE)"
 }
 
 # What hardening guides have, in one file; and what it needs where no module can be loaded later.
@@ -152,7 +158,8 @@ without_jit() {
 	systemctl restart uffdguard-knob
 	systemctl stop uffdguard
 	systemctl start uffdguard
-	tell start "$?;$(units)"
+	status=$?; idle
+	tell start "$status;$(units)"
 	enforced started
 	tell start-journal "$(journalctl -b -o cat -u uffdguard | tail -5)"
 	tell fallback "$(fallback)"
