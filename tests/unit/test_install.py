@@ -291,6 +291,21 @@ class TestFallback:
         assert run().returncode == 0
         assert knob.read_text() == "0\n"
 
+    def test_removes_a_guard_of_sysctls_that_keeps_it_open(
+        self, root: Path, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]]
+    ) -> None:
+        """The kernel's part is played by sleep(1), as which a guard whose pin has gone lets the write pass."""
+        guard = root / "bpf/uffdguard/guard_sysctl"
+        guard.parent.mkdir()
+        guard.touch()
+        knob.rename(root / "freed")
+        knob.mkdir()
+        sleep = root / "bin/sleep"
+        sleep.write_text(f"#!/bin/sh\n[ -e {guard} ] || {{ rmdir {knob}; mv {root}/freed {knob}; }}\n")
+        sleep.chmod(0o755)
+        assert run().returncode == 0
+        assert knob.read_text() == "0\n"
+
     def test_fails_where_it_cannot_close_it(
         self, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]]
     ) -> None:
