@@ -301,7 +301,7 @@ EFFECTS: dict[tuple[object, str], object] = {
     (knob, "main"): None,
     (knob, "mount"): None,
     (importlib.import_module("uffdguard.cli.install"), "completion"): "",  # runs bash
-    (install, "install"): None,
+    (install, "install"): install.Installed(Mode.KVM, None, Mode.KVM),
     (install, "uninstall"): ["/etc/changed"],
     (vm, "run"): 0,
     (kernels, "fetch"): None,
@@ -392,7 +392,7 @@ def arguments(data: bytes) -> None:
     for name, values, options in done:
         for mode in {value for value in values if isinstance(value, Mode)}:
             named = {str(mode), f"--mode={mode}"} & set(words)
-            assert named or (name, mode) == ("install", Mode.DISABLED), (name, mode)
+            assert named, (name, mode)
         if timeout := options.get("timeout"):
             assert isinstance(timeout, int)
             assert timeout > 0
