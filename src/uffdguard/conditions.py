@@ -33,9 +33,9 @@ class Facts(NamedTuple):
     ftrace_enabled: int | None = None
     #: net.core.bpf_jit_enable, likewise.
     jit: int | None = None
-    #: Whether the kernel skips a program on the LSM hook while another one runs on the same CPU; None: cannot tell.
+    #: Whether the kernel skips a program on the LSM hook while another one runs on the same CPU; None: unknown.
     recursion_guard: bool | None = False
-    #: How the kernel preempts; None where it cannot be told.
+    #: How the kernel preempts; None: unknown.
     preemption: Preemption | None = None
     #: What is wrong with the pins, a sentence each.
     damage: tuple[str, ...] = ()
@@ -62,12 +62,10 @@ class Facts(NamedTuple):
     lost_seen: int = 0
     #: Whether the interface file is covered by a server that is gone.
     interface_dead: bool = False
-    #: Why the server of the interface file ended by itself, in a sentence.
-    server_ended: str | None = None
 
     @property
     def preempts(self) -> bool:
-        """Whether a task may be preempted anywhere in the kernel; what cannot be told counts as that."""
+        """Whether a task may be preempted anywhere in the kernel; an unknown model counts as that."""
         return self.preemption not in ("none", "voluntary")
 
 
@@ -84,7 +82,7 @@ class Condition(NamedTuple):
     remedy: str
     #: Gives a sentence for each way in which it fails now.
     sentences: Callable[[Facts], Iterator[str]]
-    #: The row of ``doctor`` that tells of it; empty: it concerns the policy and not the machine.
+    #: Its row in ``doctor``; empty: it concerns the policy and not the machine.
     row: str = ""
 
 
@@ -171,8 +169,6 @@ def _grants_not_lost(facts: Facts) -> Iterator[str]:
 def _interface_answers(facts: Facts) -> Iterator[str]:
     if facts.interface_dead:
         yield "the interface file does not answer: its server has died"
-    if facts.server_ended:
-        yield f"the server of the interface file has ended: {facts.server_ended}"
 
 
 def _times(number: int) -> str:
@@ -296,7 +292,7 @@ CONDITIONS = (
         "interface-answers",
         "warning",
         "UffdguardInterfaceDead",
-        "The interface file does not answer, or its server has ended by itself",
+        "The interface file does not answer: its server has died",
         "systemctl restart uffdguard-knob, or uffdguard knob, serves it again",
         _interface_answers,
     ),

@@ -74,6 +74,8 @@ def of_status(status: Status | None) -> Iterator[Metric]:
     yield _gauge("drift", "Whether the native knob does not fit the mode.", status.drift)
     if in_force or status.failing:
         holds = {condition.name: condition.name not in status.failing for condition in CONDITIONS}
+        # Where the program that decides is not pinned, status names the damage alone.
+        holds["policy-answers"] &= in_force
         yield _gauges("condition", "Whether what must hold does, for a policy to be in force.", "condition", holds)
     if not in_force:
         return

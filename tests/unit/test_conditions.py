@@ -67,7 +67,6 @@ WRONG: tuple[tuple[str, Facts, str], ...] = (
         "an opener of /dev/kvm was not recorded, and is refused, 3 times",
     ),
     ("interface-answers", Facts(interface_dead=True), "the interface file does not answer: its server has died"),
-    ("interface-answers", Facts(server_ended="so"), "the server of the interface file has ended: so"),
 )
 
 #: Facts by which nothing fails.

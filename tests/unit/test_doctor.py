@@ -54,8 +54,8 @@ NO_ROOT = Row("privileges", "missing", "", "run it as root")
     ("rows", "able", "line"),
     [
         ([OK, WARNING], True, "this machine can enforce the policy"),
-        ([OK, CANNOT_TELL], None, "whether this machine can enforce the policy cannot be told"),
-        ([NO_ROOT, OK], None, "whether this machine can enforce the policy cannot be told"),
+        ([OK, CANNOT_TELL], None, "cannot tell whether this machine can enforce the policy"),
+        ([NO_ROOT, OK], None, "cannot tell whether this machine can enforce the policy"),
         ([OK, MISSING], False, "this machine cannot enforce the policy: 1 thing is missing"),
         ([NO_ROOT, CANNOT_TELL, MISSING], False, "this machine cannot enforce the policy: 2 things are missing"),
     ],

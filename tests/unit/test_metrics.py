@@ -200,7 +200,7 @@ def test_without_a_policy_in_force_there_is_no_mode_and_no_counter() -> None:
 
 
 def test_a_policy_that_does_not_answer_has_conditions_and_no_counter() -> None:
-    found = parsed(text(STOPPED._replace(reason="it does not", failing=["policy-answers", "ftrace-enabled"])))
+    found = parsed(text(STOPPED._replace(reason="it does not", failing=["ftrace-enabled"])))
     conditions = {key[1]: value for key, value in found.items() if key[0] == "uffdguard_condition"}
     assert {name for name, value in conditions.items() if not value} == {"policy-answers", "ftrace-enabled"}
     assert set(conditions) == {condition.name for condition in CONDITIONS}

@@ -32,7 +32,7 @@ def command(json: bool) -> None:
         for hint, names in hints.items():
             click.echo(f"{', '.join(names)}: {hint}")
         if able is None:
-            click.echo("whether this machine can enforce the policy cannot be told")
+            click.echo("cannot tell whether this machine can enforce the policy")
         elif able:
             click.echo("this machine can enforce the policy")
         else:

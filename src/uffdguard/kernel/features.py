@@ -50,9 +50,9 @@ def rows() -> Iterator[Row]:
 
 
 def can_enforce(rows: Iterable[Row]) -> bool | None:
-    """Tell whether the policy can be put in force on a machine with these ROWS; None: that cannot be told."""
+    """Tell whether the policy can be put in force on a machine with these ROWS; None: unknown."""
     states = {row.name: row.state for row in rows}
-    # Where only the caller is not who, or where, it must be, nothing is known of the machine.
+    # A caller without privileges, or in a container, says nothing about the machine.
     caller = {states.pop(name, "ok") for name in ("privileges", "namespaces")}
     if "missing" in states.values():
         return False
@@ -220,10 +220,10 @@ def _jit() -> Row:
 
 
 def recursion_guard() -> bool | None:
-    """Tell whether the kernel skips an LSM program while another one runs on the same CPU; None: it cannot be told.
+    """Tell whether the kernel skips an LSM program while another one runs on the same CPU; None: unknown.
 
     The commit that took this guard from LSM programs (in 6.2, and in 6.1.54) gave the programs that keep it an entry
-    of their own.
+    function of their own.
     """
     try:
         return not libbpf.kernel_has_function("__bpf_prog_enter_recur")
@@ -232,7 +232,7 @@ def recursion_guard() -> bool | None:
 
 
 def preemption() -> Preemption | None:
-    """Return how this kernel preempts; None: it cannot be told."""
+    """Return how this kernel preempts; None: unknown."""
     with contextlib.suppress(OSError):
         if found := preemption_in_debugfs(PREEMPT.read_text()):
             return found
@@ -459,7 +459,7 @@ def _program(program: str) -> Row:
     except Failure as error:
         return Row(name, "missing", error.what, error.hint)
     except OSError as error:
-        # Whom the kernel refuses for who it is learns nothing of the kernel.
+        # EPERM says nothing about the kernel where the caller lacks the privileges.
         state: State = "cannot tell" if isinstance(error, PermissionError) and privileges().state != "ok" else "missing"
         return Row(name, state, load_error(error), load_hint(error))
     return Row(name, "ok", "this kernel loads it")
