@@ -88,6 +88,8 @@ def test_the_policy_is_as_it_should_be_without_the_jit(sysctl: Callable[[Path, i
     sysctl(Path("/proc/sys/net/core/bpf_jit_harden"), 2)
     assert "interprets" in doctor()[2]["JIT"]["fact"]
     assert uffdguard("start", "--mode", "kvm").status == 0
+    with state.pinned() as found:
+        assert {program.jited_prog_len for program in found.programs.values()} == {0}
     assert actor("syscall", "device", "open:/dev/kvm", "syscall", "device") == ANSWERS
     assert uffdguard("mode", "disabled").status == 0
     assert actor("syscall", "device") == ["EPERM", "EPERM"]
