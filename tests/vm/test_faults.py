@@ -397,10 +397,10 @@ class TestDevKvm:
             assert opened == "allowed"
             assert answers == ["EPERM"] * len(ALL)
             assert names("/dev/kvm is not the character device 10:232: it grants nobody")
-            rows = {row["name"]: row for row in json.loads(uffdguard("doctor", "--json").out)}
+            rows = {row["name"]: row for row in json.loads(uffdguard("doctor", "--json").out)["rows"]}
             assert (rows["KVM"]["state"], rows["KVM"]["fact"]) == (
                 "warning",
-                "/dev/kvm is not the character device 10:232",
+                "/dev/kvm is not the character device 10:232: it grants nobody",
             )
         finally:
             native.DEV_KVM.unlink()

@@ -24,7 +24,6 @@ KNOB = "sys/vm/unprivileged_userfaultfd"
 #: The file of the native knob as everybody sees it, and what the mount table calls a file of ours that covers it.
 FILE = Path("/proc", KNOB)
 COVER = "fuse.uffdguard"
-FTRACE = Path("/proc/sys/kernel/ftrace_enabled")
 BPFFS = Path("/sys/fs/bpf")
 MOUNTS = Path("/proc/self/mountinfo")
 
@@ -249,14 +248,6 @@ def restrict_writes(*below: Path) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     finally:
         os.close(ruleset)
-
-
-def read_ftrace() -> int | None:
-    """Return kernel.ftrace_enabled, without which no BPF trampoline runs; None where the kernel does not have it."""
-    try:
-        return int(FTRACE.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def has_kvm() -> bool:
