@@ -306,6 +306,13 @@ class TestFallback:
         assert run().returncode == 0
         assert knob.read_text() == "0\n"
 
+    def test_has_nothing_to_do_on_a_kernel_without_userfaultfd(
+        self, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]]
+    ) -> None:
+        knob.unlink()
+        done = run()
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
     def test_fails_where_it_cannot_close_it(
         self, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]]
     ) -> None:
