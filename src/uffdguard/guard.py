@@ -8,7 +8,6 @@ it was seen to refuse, and the native knob is relaxed last and closed first.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import select
 import signal
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, layout, libbpf, native
+from uffdguard.lock import locked
 from uffdguard.policy import Mode, Policy, Reason, decide
 from uffdguard.proof import Asker
 from uffdguard.state import (
@@ -41,7 +41,6 @@ from uffdguard.state import (
 from uffdguard.steps import Steps, log, write
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 #: The steps of start, mode and stop.
@@ -74,43 +73,6 @@ step = STEPS.take
 
 #: Of all users together.
 EVENTS_PER_SECOND = 1000
-
-
-@contextlib.contextmanager
-def locked(*, wait: bool = True) -> Iterator[None]:
-    """Be the only one who changes anything: an flock(2) on /run/uffdguard, which is made if it is missing.
-
-    :raises BlockingIOError: another one is, and WAIT is not wanted.
-    """
-    fd = _lock(fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    try:
-        yield
-    finally:
-        # By the holder alone and before the lock is released: who removes a directory that another has locked lets
-        # a third make and lock a new one.
-        _remove_if_empty(native.RUN)
-        os.close(fd)
-
-
-def _lock(how: int) -> int:
-    while True:
-        with contextlib.suppress(FileExistsError):
-            native.RUN.mkdir(mode=0o700)
-        try:
-            fd = os.open(native.RUN, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            continue
-        try:
-            fcntl.flock(fd, how)
-        except BlockingIOError:
-            os.close(fd)
-            raise
-        # Its holder may have removed the directory while we waited.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), native.RUN.lstat()):
-                os.fchmod(fd, 0o700)
-                return fd
-        os.close(fd)
 
 
 def start(configured: Policy, mode: Mode | None = None, *, events_per_second: int = 20) -> bool:

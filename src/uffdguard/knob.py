@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from uffdguard import guard, state
 from uffdguard.errors import Failure, one_line
 from uffdguard.kernel import libbpf, native
+from uffdguard.lock import locked
 from uffdguard.policy import Mode, Policy, Reason, interface_line
 from uffdguard.proof import Asker, Silence
 from uffdguard.steps import Steps, log
@@ -209,7 +210,7 @@ def serve(fuse: int) -> NoReturn:
         native.drop_capabilities()
         # A bpffs may be mounted anew below /sys/fs.
         native.restrict_writes(native.RUN, native.BPFFS.parent)
-        with guard.locked():
+        with locked():
             # Under the lock, so that stop either sees this server or leaves nothing for it to hold.
             if not state.LOADED.exists():
                 raise state.not_in_force()
@@ -294,7 +295,7 @@ class Server:
             step("watch")
             try:
                 # Whoever changes something sees the policy answer, too: nothing is missed by skipping a turn.
-                with contextlib.suppress(BlockingIOError), guard.locked(wait=False), self.holding:
+                with contextlib.suppress(BlockingIOError), locked(wait=False), self.holding:
                     self.hold()
                     self.ask()
             except Exception as error:  # also that the lock cannot be had: nobody would watch any more
@@ -379,7 +380,7 @@ class Server:
     def change(self, how: Callable[[], object]) -> None:
         """Change something of what is pinned now; EIO when that fails."""
         try:
-            with guard.locked(), self.holding:
+            with locked(), self.holding:
                 self.hold()
                 how()
         except Failure as error:

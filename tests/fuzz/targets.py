@@ -201,11 +201,10 @@ def interface(data: bytes) -> None:
         replaced(native, PROC=scratch()),
         replaced(
             guard,
-            locked=contextlib.nullcontext,
             switch=lambda held, mode, asker: asked.append(mode),
             set_found=lambda held, value, asker: asked.append(value),
         ),
-        replaced(knob, log=log),
+        replaced(knob, log=log, locked=contextlib.nullcontext),
         replaced(
             knob.Server,
             hold=lambda self: None,

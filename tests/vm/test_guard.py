@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import pytest
 from inside import USER, Killer, actor, forked, uffdguard, until, waiting_actor, watched
 
-from uffdguard import guard, proof, state
+from uffdguard import guard, lock, proof, state
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, layout, libbpf, native
 from uffdguard.policy import Mode, Policy
@@ -374,7 +374,7 @@ def test_the_lock_has_one_holder_at_a_time() -> None:
 
     def enter() -> None:
         for _ in range(100):
-            with guard.locked():
+            with lock.locked():
                 os.close(os.open(inside, os.O_CREAT | os.O_EXCL))
                 time.sleep(0.001)
                 inside.unlink()
