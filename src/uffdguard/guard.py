@@ -46,7 +46,6 @@ if TYPE_CHECKING:
 #: The steps of start, mode and stop.
 STEPS = Steps(
     (
-        "mount procfs",
         "mount bpffs",
         "record the native knob",
         "load",
@@ -66,7 +65,7 @@ STEPS = Steps(
         "uncover the native file",
         *(f"unpin {part}" for part in reversed(PARTS)),
         "restore the native knob",
-        "unmount procfs",
+        "remove the records",
     )
 )
 step = STEPS.take
@@ -91,6 +90,7 @@ def start(configured: Policy, mode: Mode | None = None, *, events_per_second: in
     with locked(), contextlib.ExitStack() as held, contextlib.ExitStack() as undo:
         _mount(undo)
         found = held.enter_context(pinned())
+        knob = held.enter_context(native.Knob())
         if problem := foreign_pins():
             raise Failure(problem, "remove it and run start again")
         current = found.policy() if found.has("decide") or LOADED.exists() else None
@@ -103,21 +103,21 @@ def start(configured: Policy, mode: Mode | None = None, *, events_per_second: in
             step("record the native knob")
             # With a policy in force and its record lost, the knob's value is ours and not what was found. A record that
             # a killed start or stop has left may be older than a change that somebody made since: the stricter counts.
-            value = 0 if ours else min(native.read_knob(), found_knob(otherwise=1))
+            value = 0 if ours else min(knob.read(), found_knob(otherwise=1))
             if not FOUND.exists():
                 undo.callback(FOUND.unlink, missing_ok=True)
             write(FOUND, str(value))
         if found.complete and _same_object():
-            knob = knob_of(wanted)
-            changed = current != wanted or native.read_knob() != knob or found.counts_native is not (knob == 0)
+            due = knob_of(wanted)
+            changed = current != wanted or knob.read() != due or found.counts_native is not (due == 0)
             changed |= _is_armed(found)
             if changed:
-                _change(found.fds, wanted, held.enter_context(Asker()), undo)
+                _change(found.fds, wanted, held.enter_context(Asker()), knob, undo)
             _limit(found.fds, events_per_second)
             undo.pop_all()
             return changed
         older = [program.id for program in found.programs.values()]
-        _limit(_replace(found, wanted, held, undo), events_per_second)
+        _limit(_replace(found, wanted, knob, held, undo), events_per_second)
         undo.pop_all()
     libbpf.await_end(older)
     return True
@@ -129,6 +129,7 @@ def _await_server() -> None:
         return
     with locked(), contextlib.ExitStack() as undo:
         _mount(undo)
+        PINS.mkdir(mode=0o700, exist_ok=True)  # which the server may not
         undo.pop_all()
     end = time.monotonic() + 5
     while time.monotonic() < end:
@@ -157,22 +158,19 @@ def _end_server() -> None:
 
 
 def _mount(undo: contextlib.ExitStack) -> None:
-    """Make sure that our procfs is mounted, and a bpffs that can be written: one that cannot opens no pin either."""
+    """Make sure that a bpffs is mounted that can be written: one that cannot opens no pin either."""
     try:
-        if not native.PROC.is_mount():
-            step("mount procfs")
-            native.PROC.mkdir(mode=0o700, exist_ok=True)
-            undo.callback(_remove_if_empty, native.PROC)
-            native.mount("proc", native.PROC)
-            undo.callback(native.unmount, native.PROC)
         if not native.is_bpffs(native.BPFFS):
             step("mount bpffs")
-            native.mount("bpf", native.BPFFS)
+            native.mount("bpf", native.BPFFS, "mode=0700")  # else everybody may make directories there
             undo.callback(native.unmount, native.BPFFS)
         elif native.is_read_only(native.BPFFS):
             step("mount bpffs")
             native.remount(native.BPFFS, read_only=False)
             undo.callback(native.remount, native.BPFFS, read_only=True)
+        if (native.RUN / "proc").exists():
+            native.unmount(native.RUN / "proc")
+            _remove_if_empty(native.RUN / "proc")
     except OSError as error:
         raise Failure(
             f"cannot mount {error.filename}: {error.strerror}", "run it on the host itself, with CAP_SYS_ADMIN"
@@ -184,7 +182,9 @@ def _limit(fds: dict[str, int], events_per_second: int) -> None:
         libbpf.store(fds["watching"], layout.Watching, name, number)
 
 
-def _replace(found: Pinned, wanted: Policy, held: contextlib.ExitStack, undo: contextlib.ExitStack) -> dict[str, int]:
+def _replace(
+    found: Pinned, wanted: Policy, knob: native.Knob, held: contextlib.ExitStack, undo: contextlib.ExitStack
+) -> dict[str, int]:
     """Load, attach, try and pin the programs of our object; the older ones decide until the new ones have proved.
 
     The policy is kept where a program decides by it: older and newer are attached together for a while. The grants
@@ -228,7 +228,7 @@ def _replace(found: Pinned, wanted: Policy, held: contextlib.ExitStack, undo: co
             held.callback(os.close, fds[name])
     except OSError as error:
         raise Failure(f"cannot attach the policy: {error}", "see uffdguard doctor") from error
-    _change(fds, wanted, held.enter_context(Asker()), undo, pin_over=found)
+    _change(fds, wanted, held.enter_context(Asker()), knob, undo, pin_over=found)
     step("record the object")
     write(LOADED, _object_hash())
     return fds
@@ -238,6 +238,7 @@ def _change(
     fds: dict[str, int],
     wanted: Policy,
     asker: Asker,
+    knob: native.Knob,
     undo: contextlib.ExitStack,
     *,
     pin_over: Pinned | None = None,
@@ -251,10 +252,10 @@ def _change(
     try:
         step("ask strictly")
         asker.ask(fds["witness"], Reason.DISABLED, strict=True)
-        value, due = native.read_knob(), knob_of(wanted)
+        value, due = knob.read(), knob_of(wanted)
         before = libbpf.read(fds["policy"], layout.Word)
         if due < value:
-            _set_knob(due, value, undo)
+            _set_knob(due, value, knob, undo)
         step("set the policy")
         libbpf.write(fds["policy"], layout.Word.of(wanted))
         undo.callback(libbpf.write, fds["policy"], before)
@@ -265,7 +266,7 @@ def _change(
                 step(f"pin {part}")
                 _pin(part, fds[part], pin_over.fds.get(part), undo)
         if due > value:
-            _set_knob(due, value, undo)
+            _set_knob(due, value, knob, undo)
         if due:
             step("ask by system call")
             asker.ask(fds["witness"], expected, by_syscall=True, audit=wanted.audit)
@@ -274,12 +275,12 @@ def _change(
         raise Failure(f"cannot put the policy in force: {error}", "see uffdguard doctor") from error
 
 
-def _set_knob(due: int, value: int, undo: contextlib.ExitStack) -> None:
+def _set_knob(due: int, value: int, knob: native.Knob, undo: contextlib.ExitStack) -> None:
     """Let the native knob be DUE; it is closed before the policy is set, and opened when that was seen to answer."""
     step("set the native knob")
     # Whatever went wrong after this, an older policy of ours or none needs no more than it had.
-    undo.callback(native.write_knob, value)
-    native.write_knob(due)
+    undo.callback(knob.write, value)
+    knob.write(due)
 
 
 def _count_native(fds: dict[str, int], wanted: bool, undo: contextlib.ExitStack) -> None:
@@ -332,17 +333,15 @@ def set_mode(mode: Mode) -> Policy:
     """
     native.need_root("switches the mode")
     with locked(), pinned() as found:
-        if not native.PROC.is_mount():
-            found.problems.append(f"no procfs is mounted on {native.PROC}")
         if not found.complete:
             if not found.pins:
                 raise not_in_force()
             raise Failure(f"the policy is damaged: {', '.join(found.problems)}", "run uffdguard start")
-        with Asker() as asker:
-            return switch(found.fds, mode, asker)
+        with Asker() as asker, native.Knob() as knob:
+            return switch(found.fds, mode, asker, knob)
 
 
-def switch(fds: dict[str, int], mode: Mode, asker: Asker) -> Policy:
+def switch(fds: dict[str, int], mode: Mode, asker: Asker, knob: native.Knob) -> Policy:
     """Switch the mode and return what is then; for who has the lock and descriptors of what is decided by.
 
     :raises Failure: the mode does not exist here, or the policy does not answer.
@@ -353,12 +352,12 @@ def switch(fds: dict[str, int], mode: Mode, asker: Asker) -> Policy:
         raise Failure("the policy cannot be read", "run uffdguard start")
     with contextlib.ExitStack() as undo:
         wanted = current._replace(mode=mode)
-        _change(fds, wanted, asker, undo)
+        _change(fds, wanted, asker, knob, undo)
         undo.pop_all()
     return wanted
 
 
-def set_found(fds: dict[str, int], value: int, asker: Asker) -> None:
+def set_found(fds: dict[str, int], value: int, asker: Asker, knob: native.Knob) -> None:
     """Take VALUE for what the native knob was found with, in audit: there it is meant for the kernel.
 
     For who has the lock, as :func:`switch`.
@@ -370,7 +369,7 @@ def set_found(fds: dict[str, int], value: int, asker: Asker) -> None:
         raise Failure("the policy is not in audit", "run uffdguard start --audit")
     write(FOUND, str(value))
     with contextlib.ExitStack() as undo:
-        _change(fds, policy, asker, undo)
+        _change(fds, policy, asker, knob, undo)
         undo.pop_all()
 
 
@@ -384,7 +383,7 @@ def stop() -> bool:
     native.need_root("takes the policy out of force")
     with locked(), contextlib.ExitStack() as undo:
         left = sorted(PINS.iterdir()) if PINS.is_dir() and not foreign_pins() else []
-        if not (left or FOUND.exists() or native.PROC.exists() or LOADED.exists()):
+        if not (left or any(native.RUN.iterdir()) or native.VISIBLE_PROC.parent.exists()):
             return False
         _mount(undo)
         undo.pop_all()
@@ -412,13 +411,10 @@ def stop() -> bool:
             # Only a 1 that was found opens it; what cannot be read does not.
             native.write_knob(found_knob(otherwise=0))
             FOUND.unlink()
+        step("remove the records")
         # The server's files, and what a kill has left.
         for path in native.RUN.iterdir():
-            if path != native.PROC:
-                path.unlink()
-        step("unmount procfs")
-        native.unmount(native.PROC)
-        native.PROC.rmdir()
+            path.unlink()
         return True
 
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from uffdguard import guard, state
 from uffdguard.errors import Failure, one_line
 from uffdguard.kernel import libbpf, native
+from uffdguard.kernel.native import Access
 from uffdguard.lock import locked
 from uffdguard.policy import Mode, Policy, Reason, interface_line
 from uffdguard.proof import Asker, Silence
@@ -206,10 +207,8 @@ def serve(fuse: int) -> NoReturn:
 
     :raises Failure: the policy is not in force any more, or another server runs.
     """
-    with Asker() as asker:
-        native.drop_capabilities()
-        # A bpffs may be mounted anew below /sys/fs.
-        native.restrict_writes(native.RUN, native.BPFFS.parent)
+    with Asker() as asker, native.Knob() as native_knob:
+        confine()
         with locked():
             # Under the lock, so that stop either sees this server or leaves nothing for it to hold.
             if not state.LOADED.exists():
@@ -219,12 +218,12 @@ def serve(fuse: int) -> NoReturn:
             claim(lock)
             os.truncate(lock, 0)
             os.write(lock, b"%d\n" % os.getpid())
-            server = Server(asker)
+            server = Server(asker, native_knob)
             if missing := [part for part in state.PARTS if part not in server.held]:
                 raise Failure(f"the policy is damaged: not pinned: {', '.join(missing)}", "run uffdguard start")
             # A server before this one may have closed the native knob.
             step("switch to the mode that is set")
-            guard.switch(server.held, server.current().mode, asker)
+            guard.switch(server.held, server.current().mode, asker, native_knob)
         step("await the mount")
         end = time.monotonic() + PATIENCE
         while not _is_mounted(fuse):
@@ -239,17 +238,30 @@ def serve(fuse: int) -> NoReturn:
         server.end(0)
 
 
+def confine() -> None:
+    """Give up what a server can do without: its capabilities, and to write files that are not its own."""
+    native.drop_capabilities()
+    native.restrict_writes(
+        {
+            native.RUN: Access.WRITE | Access.MAKE | Access.REMOVE,
+            # To pin again.
+            native.BPFFS: Access.MAKE | Access.MAKE_DIRECTORY | Access.REMOVE,
+            # A bpffs may be mounted anew. Nothing else that is mounted there lets files be made or removed.
+            native.BPFFS.parent: Access.MAKE | Access.REMOVE,
+        }
+    )
+
+
 class Server:
     """The operations of the file system, whose root is the file; and the watch over the policy."""
 
     #: What mfusepy asks of its operations: times in ns.
     use_ns = True
 
-    def __init__(self, asker: Asker) -> None:
+    def __init__(self, asker: Asker, native_knob: native.Knob) -> None:
         self.asker = asker
+        self.native_knob = native_knob
         self.words = native.modes()
-        #: Stays when our procfs is unmounted.
-        self.native_knob = os.open(native.PROC / native.KNOB, os.O_WRONLY | os.O_CLOEXEC)
         self.held: dict[str, int] = {}
         #: Has who uses or changes ``held``, besides guard's lock, which comes first, where something is changed.
         self.holding = threading.RLock()
@@ -301,7 +313,7 @@ class Server:
             except Exception as error:  # also that the lock cannot be had: nobody would watch any more
                 step("close the native knob")
                 with contextlib.suppress(OSError):
-                    os.write(self.native_knob, b"0\n")
+                    self.native_knob.write(0)
                 log.critical("the policy does not refuse any more, and the native knob is closed: %s", error)
                 self.end(1)
 
@@ -363,7 +375,7 @@ class Server:
             raise OSError(errno.EPERM, "no CAP_SYS_ADMIN")
         number = data.strip(b" \t\n") in (b"0", b"1") and len(data) <= LONGEST
         if number and not offset and self.current().audit:
-            self.change(lambda: guard.set_found(self.held, int(data), self.asker))
+            self.change(lambda: guard.set_found(self.held, int(data), self.asker, self.native_knob))
             return len(data)
         try:
             if offset:
@@ -372,7 +384,7 @@ class Server:
         except ValueError:
             log.warning("refused to write %r, which is none of %s: %s", data[:LONGEST], ", ".join(self.words), who)
             raise OSError(errno.EINVAL, "none of the words") from None
-        self.change(lambda: guard.switch(self.held, mode, self.asker))
+        self.change(lambda: guard.switch(self.held, mode, self.asker, self.native_knob))
         if self.current().audit:
             log.warning("mode %s in audit: refusals are counted and told, and let pass: %s", mode, who)
         return len(data)
@@ -407,7 +419,7 @@ def _require() -> None:
     import ctypes
 
     native.need_root("serves the interface file")
-    if not state.LOADED.exists() or not native.PROC.is_mount():
+    if not state.LOADED.exists():
         raise state.not_in_force()
     if state.server():
         raise Failure("the interface file is being served already", "see uffdguard status")

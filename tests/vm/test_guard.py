@@ -66,7 +66,7 @@ def switch(mode: str) -> Callable[[], object]:
 
 FIRST_START = guard.STEPS[: guard.STEPS.index("record the object") + 1]
 CHANGE = ("ask strictly", "set the policy", "ask", "set the native knob", "ask by system call", "count native refusals")
-UPGRADE = tuple(s for s in FIRST_START if s not in ("mount procfs", "mount bpffs", "record the native knob", "seed"))
+UPGRADE = tuple(s for s in FIRST_START if s not in ("mount bpffs", "record the native knob", "seed"))
 STOP = guard.STEPS[guard.STEPS.index("close the native knob") :]
 
 
