@@ -129,7 +129,8 @@ def _await_server() -> None:
         return
     with locked(), contextlib.ExitStack() as undo:
         _mount(undo)
-        PINS.mkdir(mode=0o700, exist_ok=True)  # which the server may not
+        if not foreign_pins():
+            native.make_own(PINS)  # which the server may not
         undo.pop_all()
     end = time.monotonic() + 5
     while time.monotonic() < end:
@@ -168,6 +169,9 @@ def _mount(undo: contextlib.ExitStack) -> None:
             step("mount bpffs")
             native.remount(native.BPFFS, read_only=False)
             undo.callback(native.remount, native.BPFFS, read_only=True)
+        # After an older version, or a kill.
+        if PINS.is_dir() and not foreign_pins():
+            native.make_own(PINS)
         if (native.RUN / "proc").exists():
             native.unmount(native.RUN / "proc")
             _remove_if_empty(native.RUN / "proc")
@@ -308,7 +312,7 @@ def _count_native(fds: dict[str, int], wanted: bool, undo: contextlib.ExitStack)
 
 def _pin(part: str, fd: int, older: int | None, undo: contextlib.ExitStack) -> None:
     """Pin FD as PART, in the place of the OLDER."""
-    PINS.mkdir(mode=0o700, exist_ok=True)
+    native.make_own(PINS)
     undo.callback(_remove_if_empty, PINS)
     place = PINS / part
     _pin_at(place, fd)
@@ -323,6 +327,7 @@ def _pin_at(place: Path, fd: int) -> None:
     fresh = place.with_name(f"new-{place.name}")
     fresh.unlink(missing_ok=True)
     libbpf.pin(fd, fresh)
+    fresh.chmod(0o600)
     fresh.rename(place)
 
 

@@ -159,6 +159,8 @@ def serve_under_manager() -> NoReturn:
 
     :raises Failure: no policy is in force, another server runs, or nobody mounted it.
     """
+    native.need_root("serves the interface file")
+    native.join_owner()
     _require()
     SOCKET.unlink(missing_ok=True)
     step("bind the socket")
@@ -239,7 +241,12 @@ def serve(fuse: int) -> NoReturn:
 
 
 def confine() -> None:
-    """Give up what a server can do without: its capabilities, and to write files that are not its own."""
+    """Give up what a server can do without: its capabilities, and to write files that are not its own.
+
+    :raises Failure: it cannot join the group of our directories.
+    """
+    native.join_owner()
+    os.umask(0o077)
     native.drop_capabilities()
     native.restrict_writes(
         {

@@ -43,14 +43,15 @@ def locked(*, wait: bool = True) -> Iterator[None]:
 def _lock(wait: bool) -> int:
     while True:
         with contextlib.suppress(FileExistsError):
-            native.RUN.mkdir(mode=0o700)
+            native.RUN.mkdir(mode=0)
         try:
             fd = os.open(native.RUN, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         except FileNotFoundError:
             continue
         try:
+            # Before the lock, so that nobody else can come to hold it; its holder may be about to do the same.
+            native.own(fd)
             _flock(fd, wait)
-            os.fchmod(fd, 0o700)
             # Its holder may have removed the directory while we waited.
             with contextlib.suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(fd), native.RUN.lstat()):

@@ -423,7 +423,7 @@ def records(data: bytes) -> None:
 
     with (
         held,
-        replaced(native, RUN=run, uncover=lambda: None),
+        replaced(native, RUN=run, own=lambda fd: None, uncover=lambda: None),
         replaced(native, need_root=lambda what: None, write_knob=wrote.append),
         replaced(guard, state, PINS=run / "pins", _mount=lambda undo: None, _object_hash=lambda: HASH, **places),
         replaced(install, MANIFEST=scratch() / "manifest"),

@@ -18,6 +18,7 @@ from uffdguard.kernel import native
 @pytest.fixture(autouse=True)
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(native, "RUN", tmp_path / "run")
+    monkeypatch.setattr(native, "own", lambda fd: os.fchmod(fd, 0o700))
     return native.RUN
 
 

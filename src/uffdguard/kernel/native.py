@@ -25,7 +25,10 @@ from uffdguard.policy import Mode
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-#: Where the state of this boot is; only root may enter.
+#: The owner and the group of our directories. No account has this id and no user namespace that others make maps it, so
+#: that uid 0 enters by CAP_DAC_OVERRIDE alone. The server of the interface file has no capability, and joins the group.
+OWNER = 0xFFFFFE00
+#: Where the state of this boot is.
 RUN = Path("/run/uffdguard")
 PROC = Path("/proc")
 KNOB = "sys/vm/unprivileged_userfaultfd"
@@ -131,7 +134,7 @@ def _show_procfs() -> None:
     """
     _remove_procfs()  # what a kill has left
     hidden = VISIBLE_PROC.parent
-    hidden.mkdir(mode=0o700)
+    make_own(hidden, 0)
     VISIBLE_PROC.mkdir()
     mount("proc", VISIBLE_PROC, "subset=pid")
     if not _admits_procfs():
@@ -285,6 +288,43 @@ def write_knob(value: int) -> None:
         knob.write(value)
 
 
+def make_own(directory: Path, mode: int = 0o770) -> None:
+    """Make a directory if it is missing, and let it have our owner and MODE whatever the umask is.
+
+    :raises OSError: with the kernel's errno.
+    """
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0)
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        own(fd, mode)
+    finally:
+        os.close(fd)
+
+
+def own(directory: int, mode: int = 0o770) -> None:
+    """Let an open directory have our owner and MODE.
+
+    :raises OSError: with the kernel's errno.
+    """
+    found = os.fstat(directory)
+    if (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) != (OWNER, OWNER, mode):
+        os.fchown(directory, OWNER, OWNER)
+        os.fchmod(directory, mode)
+
+
+def join_owner() -> None:
+    """Be in the group of our directories and in no other, so that they can be entered without a capability.
+
+    :raises Failure: this process is not in it and may not join it.
+    """
+    try:
+        os.setgroups([OWNER])
+    except PermissionError:
+        if OWNER not in os.getgroups():
+            raise Failure(f"cannot enter {RUN}: no CAP_SETGID", "run it as root on the host itself") from None
+
+
 def need_root(what: str) -> None:
     """Make sure that we are root.
 
@@ -296,14 +336,19 @@ def need_root(what: str) -> None:
 
 
 def drop_capabilities() -> None:
-    """Give up all capabilities of this process, capset(2), and for good: an exec gives root none back."""
-    pr_set_no_new_privs, pr_set_securebits = 38, 28
+    """Give up all capabilities of this process, capset(2), and for good: an exec gives root none back.
+
+    No other process without CAP_SYS_PTRACE may trace it then, nor read its memory, though it has the same user.
+    """
+    pr_set_no_new_privs, pr_set_securebits, pr_set_dumpable = 38, 28, 4
     noroot_locked = 3  # SECBIT_NOROOT and its lock, capabilities(7)
     # May fail for who has no CAP_SETPCAP: then there is nothing to give back either.
     _libc().prctl(pr_set_securebits, noroot_locked, 0, 0, 0)
     _libc().prctl(pr_set_no_new_privs, 1, 0, 0, 0)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
     if _libc().capset(header, (ctypes.c_uint32 * 6)()):
+        raise _error()
+    if _libc().prctl(pr_set_dumpable, 0, 0, 0, 0):
         raise _error()
 
 
