@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from uffdguard import guard, state
+from uffdguard import guard, proof, state
 from uffdguard.errors import Failure, one_line
 from uffdguard.kernel import libbpf, native
 from uffdguard.kernel.native import Access
@@ -89,6 +89,8 @@ def run() -> None:
     _require()
     fuse = os.open(DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+    # Ignored by our parent, it would keep us from seeing how the server ends.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -221,11 +223,11 @@ def serve(fuse: int) -> NoReturn:
             os.truncate(lock, 0)
             os.write(lock, b"%d\n" % os.getpid())
             server = Server(asker, native_knob)
-            if missing := [part for part in state.PARTS if part not in server.held]:
+            if missing := [part for part in state.PARTS if part not in server.held and part != "guard_sysctl"]:
                 raise Failure(f"the policy is damaged: not pinned: {', '.join(missing)}", "run uffdguard start")
             # A server before this one may have closed the native knob.
             step("switch to the mode that is set")
-            guard.switch(server.held, server.current().mode, asker, native_knob)
+            guard.switch(server.held, server.current().mode, asker, server.native_knob)
         step("await the mount")
         end = time.monotonic() + PATIENCE
         while not _is_mounted(fuse):
@@ -320,7 +322,7 @@ class Server:
             except Exception as error:  # also that the lock cannot be had: nobody would watch any more
                 step("close the native knob")
                 with contextlib.suppress(OSError):
-                    self.native_knob.write(0)
+                    proof.set_knob(self.held, 0, self.native_knob)
                 log.critical("the policy does not refuse any more, and the native knob is closed: %s", error)
                 self.end(1)
 

@@ -16,9 +16,11 @@ import time
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from uffdguard.conditions import Facts, Guard, failing
 from uffdguard.errors import Failure
 from uffdguard.kernel import layout, libbpf, native
 from uffdguard.policy import Mode, Policy, Reason
+from uffdguard.steps import log
 
 PINS = native.BPFFS / "uffdguard"
 #: The native knob as it was found at the first start: written once, removed by stop.
@@ -28,17 +30,22 @@ LOADED = native.RUN / "object"
 #: The server of the interface file holds a lock on this; it has its pid.
 SERVER = native.RUN / "knob"
 
+#: What the configuration said of audit at the last start: ``enforce`` or ``audit``.
+CONFIGURED = native.RUN / "configured"
+
 #: Each link is pinned under the name of its program; with the maps that its program uses.
-LINKS = {
+LINKS: dict[str, set[str]] = {
     "grant": {"grants", "counts"},
     "forget": {"grants", "counts"},
+    "administrators": set(),
+    "guard_sysctl": {"counts", "policy", "witness", "events", "watching", "enforcement"},
     "decide": {"grants", "counts", "policy", "witness", "events", "watching"},
 }
 #: Pinned themselves, to be attached while the native knob is 0: then their links are pinned too, see :func:`link_of`.
 COUNTERS = {name: {"grants", "counts", "policy", "witness", "events", "watching"} for name in ("native", "native32")}
 USES = LINKS | COUNTERS
 #: The order of pinning: ``decide`` last, so that who finds it finds all the others too.
-PARTS = ("grants", "counts", "policy", "witness", "events", "watching", *COUNTERS, *LINKS)
+PARTS = ("grants", "counts", "policy", "witness", "events", "watching", "enforcement", *COUNTERS, *LINKS)
 
 
 def link_of(counter: str) -> str:
@@ -70,15 +77,22 @@ class Pinned:
         self.problems: list[str] = []
         #: Whether the refusals of the native knob are counted.
         self.counts_native = False
+        #: Whether this kernel can guard sysctls, as far as it matters: where the guard is pinned it can.
+        self.can_guard = True
 
     def has(self, *links: str) -> bool:
         """Tell whether these links are pinned, and use the maps in ``fds``."""
         return all(link in self.programs for link in links)
 
     @property
+    def skipped(self) -> int:
+        """How many times the kernel has skipped a program of ours."""
+        return sum(program.recursion_misses for program in self.programs.values())
+
+    @property
     def complete(self) -> bool:
         """Whether everything is there and belongs together."""
-        return self.has(*USES) and not self.problems
+        return bool(self.pins) and not self.problems
 
     def policy(self) -> Policy | None:
         """Return the policy that is set, or None when its map is not there or says nothing known."""
@@ -157,6 +171,9 @@ def pinned() -> Iterator[Pinned]:
             try:
                 fd = found.fds[part] = libbpf.get(PINS / part)
             except OSError as error:
+                if part == "guard_sysctl" and found.pins and not _can_guard():
+                    found.can_guard = False
+                    continue
                 found.problems.append(f"{part} is not pinned ({os.strerror(error.errno or 0)})")
                 continue
             stack.callback(os.close, fd)
@@ -167,7 +184,7 @@ def pinned() -> Iterator[Pinned]:
                 program = libbpf.program_of_link(fd) if part in LINKS else libbpf.info(fd, libbpf.ProgramInfo)
                 if program.name.decode() != part:
                     raise OSError(errno.EINVAL, "")
-                maps = libbpf.maps_of(program, {layout.map_name(name): name for name in USES[part]})
+                maps = libbpf.maps_of(program, {layout.map_name(name)[:15]: name for name in USES[part]})
             except OSError as error:
                 kind = "link" if part in LINKS else "program"
                 found.problems.append(f"{part} is not a {kind} of ours ({os.strerror(error.errno or 0)})")
@@ -176,9 +193,11 @@ def pinned() -> Iterator[Pinned]:
                 stack.callback(os.close, fd)
             found.programs[part] = program
             used[part] = maps
-        for name, fd in used.get("decide", {}).items():
+        guarded = {name: fd for name, fd in used.get("guard_sysctl", {}).items() if name == "enforcement"}
+        for name, fd in (guarded | used.get("decide", {})).items():
             if name in found.pins and not libbpf.same_map(fd, found.fds[name]):
-                found.problems.append(f"decide does not use the pinned {name}")
+                user = "guard_sysctl" if name in guarded else "decide"
+                found.problems.append(f"{user} does not use the pinned {name}")
             found.fds[name] = fd
         for link, maps in used.items():
             strange = [name for name in USES[link] if not libbpf.same_map(maps.get(name), found.fds.get(name))]
@@ -187,6 +206,12 @@ def pinned() -> Iterator[Pinned]:
                 del found.programs[link]
         found.counts_native = "native" in found.programs and is_counting("native", found.programs["native"])
         yield found
+
+
+def _can_guard() -> bool:
+    from uffdguard.kernel import features
+
+    return features.has_sysctl_guard()
 
 
 def not_in_force() -> Failure:
@@ -219,7 +244,8 @@ Interface = Literal["native", "served", "dead"]
 class Status(NamedTuple):
     """How things stand. The names are those of ``status --json``."""
 
-    in_force: bool
+    in_force: bool  # it was asked, and answered
+    reason: str | None  # why it is not, where it should be
     mode: Mode | None
     user_mode_only: bool | None
     audit: bool | None  # refusals are counted and told, and let pass
@@ -230,6 +256,7 @@ class Status(NamedTuple):
     pins: dict[str, bool]
     skipped: int  # times the kernel skipped grant or forget
     lost: int  # grants that could not be recorded
+    guard: Guard | None  # None: no policy is in force
     interface: Interface
     grants: int
     allowed: int
@@ -238,60 +265,111 @@ class Status(NamedTuple):
     native: int  # refused by the native knob, before the policy was asked
     let_pass: int  # of the refused, those that audit let pass
     suppressed: int  # events over a limit
-    problems: list[str]
+    sysctl_refused: int  # writes to sysctls that the guard refused
+    problems: list[str]  # a sentence each
+    failing: list[str]  # the names of the conditions that these are about, see conditions.py
+
+
+class Doubts(NamedTuple):
+    """Why what is pinned is not in force, or may not be."""
+
+    policy: str | None = None
+    #: Whether the policy answered as it must; None: nothing is known.
+    answers: bool | None = None
+    guard: Guard = "attached"
+
+
+def ask(found: Pinned, policy: Policy | None) -> Doubts:
+    """Ask the policy and the guard of sysctls that are pinned.
+
+    Where the policy does not answer, the native knob is closed if that protects: :func:`uffdguard.proof.close_net`.
+    """
+    from uffdguard import proof
+    from uffdguard.lock import locked
+
+    if not native.in_initial("pid"):
+        return Doubts("it cannot be asked from another pid namespace")
+    guard: Guard = "attached"
+    try:
+        with locked(), proof.Asker() as asker, native.Knob() as knob:
+            try:
+                proof.ask_guard(found.fds["witness"], knob)
+            except Failure:
+                guard = "missing"
+            try:
+                asker.ask(found.fds["witness"], Reason.DISABLED, strict=True)
+            except proof.Silence:
+                raise
+            except Failure as error:
+                log.debug("close the native knob")
+                proof.record(found.fds, answers=False)
+                closed = proof.close_net(found.fds, policy, knob)
+                return Doubts(f"{error.what}{'; the native knob is closed' if closed else ''}", False, guard)
+            proof.record(found.fds, answers=True)
+    except (Failure, OSError, KeyError) as error:
+        return Doubts(f"it could not be asked: {error}", None, guard)
+    return Doubts(None, True, guard)
 
 
 def status() -> Status:
-    """Find out how things stand. Changes nothing."""
+    """Find out how things stand; ask the policy. Changes nothing but the native knob below one that does not answer."""
     native.need_root("can see the state of the policy")
     with pinned() as found:
         policy = found.policy() if found.has("decide") else None
-        counts = witness = None
+        # Before it is asked, which is a trial of its own.
+        trial = _trial(found)
+        doubts = ask(found, policy) if policy else Doubts("it is not pinned" if found.pins else None)
+        counts = kept = None
         with contextlib.suppress(OSError, KeyError):
             counts = libbpf.read(found.fds["counts"], layout.Counts).total()
-            witness = libbpf.read(found.fds["witness"], layout.Witness)
-        knob = None
-        with contextlib.suppress(Failure):
+            kept = libbpf.read(found.fds["enforcement"], layout.Enforcement)
+        knob = unread = None
+        try:
             knob = native.read_knob()
+        except Failure as error:
+            unread = error.what
         left = bool(found.pins) or bool(foreign_pins()) or FOUND.exists() or LOADED.exists()
-        problems = list(found.problems) if left else []
         due = knob_of(policy) if policy else None
-        drift = policy is not None and knob not in (due, None)
-        if policy and drift:
-            problems.append(
-                f"the native knob is {knob} and not {due}: "
-                + ("processes that the mode allows are refused" if knob == 0 else "the net below the policy is open")
-            )
-        if policy and policy.mode is Mode.KVM and (problem := native.wrong_kvm()):
-            problems.append(f"{problem}: it grants nobody")
-        if policy and found.counts_native is not (due == 0):
-            problems.append("the refusals of the native knob are not counted" if due == 0 else "a counter is left over")
-        if policy and not LOADED.exists():
-            problems.append("the last start did not come to its end")
-        if policy and (counts is None or witness is None):
-            problems.append("the counts are those of another version of uffdguard")
-        # The child of a trial that goes on is there; that of one that was killed has ended with it.
-        if witness and witness.tgid and not _runs(witness.tgid):
-            problems.append(f"the last trial of the policy did not come to its end: pid {witness.tgid} was its child")
-        if policy and not FOUND.exists():
-            problems.append(f"{FOUND} is gone: stop will leave the native knob at 0")
         interface: Interface = ("served" if server() else "dead") if native.is_covered() else "native"
-        if interface == "dead":
-            problems.append("the interface file does not answer: its server has died")
+        facts = Facts(policy=policy, damage=tuple(found.problems) if left else (), interface_dead=interface == "dead")
+        if policy:
+            if counts is None or kept is None:
+                other = "the counts are those of another version of uffdguard"
+                facts = facts._replace(damage=(*facts.damage, other))
+            facts = _with_machine(facts)._replace(
+                answers=doubts.answers,
+                reason=doubts.policy,
+                guard=doubts.guard if found.can_guard else "unsupported",
+                trial_left=trial,
+                knob=knob,
+                due=due,
+                knob_problem=unread,
+                kvm=native.wrong_kvm() if policy.mode is Mode.KVM else None,
+                native_counted=found.counts_native,
+                start_complete=LOADED.exists(),
+                found_recorded=FOUND.exists(),
+                skipped=found.skipped,
+                skips_seen=kept.skips_seen if kept else 0,
+                lost=counts.lost if counts else 0,
+                lost_seen=kept.lost_seen if kept else 0,
+            )
+        wrong = failing(facts)
         counts = counts or layout.Tally()
         decisions = counts.by_reason()
         return Status(
-            in_force=policy is not None,
+            in_force=bool(policy and doubts.answers),
+            reason=doubts.policy,
             mode=policy.mode if policy else None,
             user_mode_only=policy.user_mode_only if policy else None,
             audit=policy.audit if policy else None,
             since=_local_time(found.programs["decide"].load_time) if policy else None,
             kernel=os.uname().release,
             native_knob=knob,
-            drift=drift,
+            drift=due is not None and knob not in (due, None),
             pins={part: part in found.pins for part in PARTS},
-            skipped=sum(program.recursion_misses for program in found.programs.values()),
+            skipped=found.skipped,
             lost=counts.lost,
+            guard=facts.guard if policy else None,
             interface=interface,
             grants=max(0, counts.grants),  # below 0: one came and went between the looks at two tallies
             allowed=sum(number for reason, number in decisions.items() if reason.allowed),
@@ -300,8 +378,28 @@ def status() -> Status:
             native=counts.native,
             let_pass=counts.let_pass,
             suppressed=counts.suppressed,
-            problems=problems,
+            sysctl_refused=counts.sysctl,
+            problems=[sentence for _, sentence in wrong],
+            failing=list(dict.fromkeys(condition.name for condition, _ in wrong)),
         )
+
+
+def _with_machine(facts: Facts) -> Facts:
+    """Add what is known of the machine to FACTS."""
+    from uffdguard.kernel import features
+
+    facts = facts._replace(ftrace_enabled=features.ftrace_enabled(), jit=features.jit_enabled())
+    facts = facts._replace(preemption=features.preemption(), recursion_guard=False)
+    # To look into the kernel's BTF takes 10 ms.
+    return facts._replace(recursion_guard=features.recursion_guard()) if facts.preempts else facts
+
+
+def _trial(found: Pinned) -> int:
+    """Return the pid of the child of a trial that was killed, or 0; that of one that goes on is there."""
+    with contextlib.suppress(OSError, KeyError):
+        pid = int(libbpf.read(found.fds["witness"], layout.Witness).tgid)
+        return 0 if pid and _runs(pid) else pid
+    return 0
 
 
 def _runs(pid: int) -> bool:

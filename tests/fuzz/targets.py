@@ -35,7 +35,7 @@ from uffdguard import events as decisions
 from uffdguard.cli.report import facts, show
 from uffdguard.cli.watch import Lines, Objects
 from uffdguard.errors import Failure, one_line
-from uffdguard.journal import MISSING_ID, of_event, to_event
+from uffdguard.journal import MISSING_ID, NOTICE_ID, of_entry, to_event, to_sysctl_write
 from uffdguard.kernel import features, layout, native, probe
 from uffdguard.lab import kernels, vm
 from uffdguard.policy import Mode, Policy
@@ -237,6 +237,7 @@ def interface(data: bytes) -> None:
 
 STATUS = state.Status(
     in_force=True,
+    reason=None,
     mode=Mode.KVM,
     user_mode_only=False,
     audit=False,
@@ -247,6 +248,7 @@ STATUS = state.Status(
     pins=dict.fromkeys(state.PARTS, True),
     skipped=0,
     lost=0,
+    guard="attached",
     interface="native",
     grants=1,
     allowed=1,
@@ -255,7 +257,9 @@ STATUS = state.Status(
     native=0,
     let_pass=0,
     suppressed=0,
+    sysctl_refused=0,
     problems=[],
+    failing=[],
 )
 WAYS = ("syscall", "syscall-user-mode-only", "device")
 ANSWER = inspect.Answer(
@@ -274,7 +278,7 @@ REPORT = report.Report(user_mode_only=False)
 REPORT.add(b"damaged")
 #: What each verb does, at the boundary below which something is asked or changed; with its result.
 EFFECTS: dict[tuple[object, str], object] = {
-    (guard, "start"): False,
+    (guard, "start"): guard.Started(False, None, Policy()),
     (guard, "stop"): False,
     (guard, "set_mode"): Policy(Mode.KVM),
     (state, "status"): STATUS,
@@ -296,7 +300,7 @@ EFFECTS: dict[tuple[object, str], object] = {
     (knob, "main"): None,
     (knob, "mount"): None,
     (importlib.import_module("uffdguard.cli.install"), "completion"): "",  # runs bash
-    (install, "install"): None,
+    (install, "install"): install.Installed(Mode.KVM, None, Mode.KVM),
     (install, "uninstall"): ["/etc/changed"],
     (vm, "run"): 0,
     (kernels, "fetch"): None,
@@ -387,7 +391,7 @@ def arguments(data: bytes) -> None:
     for name, values, options in done:
         for mode in {value for value in values if isinstance(value, Mode)}:
             named = {str(mode), f"--mode={mode}"} & set(words)
-            assert named or (name, mode) == ("install", Mode.DISABLED), (name, mode)
+            assert named, (name, mode)
         if timeout := options.get("timeout"):
             assert isinstance(timeout, int)
             assert timeout > 0
@@ -527,18 +531,23 @@ def events(data: bytes) -> None:
         ),
         watch,
     ):
-        event = decisions.event_of(record)
-    known = record.way < len(layout.WAYS) and record.mode < len(Mode) and record.reason <= len(layout.REASONS)
+        event = decisions.entry_of(record)
+    known = record.way < len(layout.WAYS) and record.reason <= len(layout.REASONS)
+    known = record.mode < len(Mode) and (record.sysctl <= len(layout.SYSCTLS) if record.sysctl else known)
     assert (event is not None) == known
     if event is None:
         return
     check_line(event.line)
-    assert to_event(of_event(event)) == event
-    assert to_event(json.loads(json.dumps(of_event(event)))) == event
+    back = to_event if isinstance(event, decisions.Event) else to_sysctl_write
+    assert back(of_entry(event)) == event
+    assert back(json.loads(json.dumps(of_entry(event)))) == event
 
     (line,) = printed(lambda: Objects().events([event]))
-    assert json.loads(line) == {**asdict(event), "flags": list(event.flags)}
+    assert json.loads(line) == json.loads(json.dumps(asdict(event)))
     lines = printed(lambda: Lines().events([event]))
+    if isinstance(event, decisions.SysctlWrite):
+        assert len(lines) == 3
+        return
     assert len(lines) == 2
 
     def twice() -> None:
@@ -554,19 +563,19 @@ def events(data: bytes) -> None:
 
 @target
 def journal(data: bytes) -> None:
-    """Lines of journalctl: each is a use, or a number of events that are missing, or counted as damaged; all is shown.
+    """Lines of journalctl: each is a use, a refused write, a notice, a number of missing ones or damaged; all is shown.
 
     A byte for the option user-mode-only, then the lines.
     """
     found = report.Report(user_mode_only=data[:1] > b"0")
     for line in data[1:].split(b"\n"):
-        before = found.asked + found.damaged
+        before = found.asked + found.damaged + found.writes.total()
         with watch:
             found.add(line)
-        if found.asked + found.damaged == before:
-            assert line.startswith(b"-- ") or json.loads(line)["MESSAGE_ID"] == MISSING_ID
+        if (now := found.asked + found.damaged + found.writes.total()) == before:
+            assert line.startswith(b"-- ") or json.loads(line)["MESSAGE_ID"] in (MISSING_ID, NOTICE_ID)
         else:
-            assert found.asked + found.damaged == before + 1
+            assert now == before + 1
     with watch:
         assert page.html(found).replace("\n", "").isprintable()
         told = facts(found)

@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from inside import USER, uffdguard
+from inside import USER, force_knob, uffdguard
 
 from uffdguard import config, state
 from uffdguard.kernel import features, libbpf, native
@@ -90,7 +90,7 @@ def test_status_as_text_exits_with_0_only_when_all_is_well(in_force: Callable[..
     outcome = uffdguard("status")
     assert outcome.status == 0
     assert re.search(r"^policy +in force since \S+$", outcome.out, re.MULTILINE)
-    native.write_knob(0)
+    force_knob(0)
     outcome = uffdguard("status")
     assert outcome.status == 1
     assert "the native knob is 0 and not 1: processes that the mode allows are refused" in outcome.out
@@ -117,27 +117,6 @@ def test_an_ordinary_user_is_told_that_root_is_needed(arguments: tuple[str, ...]
     assert (outcome.status, outcome.out, outcome.err.count("\n")) == (1, "", 1)
     assert "run it as root" in outcome.err
     assert not native.RUN.exists()
-
-
-def test_doctor_finds_nothing_missing_here() -> None:
-    outcome = uffdguard("doctor", "--json")
-    rows = {row["name"]: row for row in json.loads(outcome.out)}
-    assert outcome.status == 0
-    assert {row["state"] for row in rows.values()} <= {"ok", "warning"}
-    assert "everybody may open /dev/kvm" in rows["KVM"]["fact"]
-    native.DEV_KVM.chmod(0o660)
-    rows = {row["name"]: row for row in json.loads(uffdguard("doctor", "--json").out)}
-    assert {row["state"] for row in rows.values()} == {"ok"}
-    assert {f"program {name}" for name in ("decide", "grant", "forget", "seed")} < set(rows)
-    assert not native.RUN.exists()
-
-
-def test_doctor_works_for_an_ordinary_user_while_a_policy_is_in_force(in_force: Callable[..., None]) -> None:
-    in_force("kvm")
-    outcome = uffdguard("doctor", "--json", user=USER)
-    rows = {row["name"]: row for row in json.loads(outcome.out)}
-    assert (outcome.status, outcome.err) == (1, "")
-    assert (rows["privileges"]["state"], rows["sysctl"]["state"]) == ("missing", "ok")
 
 
 def test_a_compiled_program_that_is_missing_is_told_on_one_line(

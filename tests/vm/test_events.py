@@ -10,15 +10,17 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from inside import ACTOR, USER, actor, forked, journald, kernel_memory, uffdguard, until
+from inside import ACTOR, USER, actor, forked, journald, kernel_memory, uffdguard, until, waiting_actor
+from vm import silent
 
-from uffdguard import guard, inspect, journal, state
-from uffdguard.events import LEASE, Event, Stream
+from uffdguard import guard, inspect, journal, report, state
+from uffdguard.events import LEASE, Event, Stream, SysctlWrite
 from uffdguard.kernel import layout, libbpf, native
 from uffdguard.policy import Mode, Policy, Reason
 
@@ -29,6 +31,7 @@ KVM = "open:/dev/kvm"
 HOSTILE = "\x1b[31m\n<b>[red]"
 ESCAPED = r"\x1b[31m\n<b>[red]"
 OTHER = 1001
+UFFDGUARD = [sys.executable, "-m", "uffdguard"]
 #: The actor, root in a user namespace that is in another.
 NESTED = ["unshare", "-Ur", "unshare", "-Ur", str(ACTOR)]
 
@@ -133,6 +136,24 @@ class TestAnEvent:
                 batch = stream.read()
             process.communicate(b"\n")
         assert batch.events[0].executable == str(ACTOR)
+
+    def test_has_the_executable_that_the_process_says_and_whose_it_is(self, kvm: None) -> None:
+        """Root of a user namespace of one's own has any file there is as the executable: PR_SET_MM_MAP."""
+        other = Path("/usr/bin/env").resolve()
+        stream = Stream(None)
+        stream.read()
+        with waiting_actor("name:env", "unshare-user", f"executable:{other}", "syscall", "wait") as go_on:
+            batch = stream.read()
+            assert go_on() == ["EPERM"]
+        (event,) = batch.events
+        assert (event.executable, event.exe_inode, event.command) == (str(other), other.stat().st_ino, "env")
+        assert (event.uid, event.owner, event.initial_user_namespace) == (USER, USER, False)
+        # Which is why report names the user with it, and lets it rename nothing of another's.
+        found = report.Report(user_mode_only=False)
+        for one in (event, replace(event, user="ada", executable="env")):
+            found.add(json.dumps(journal.of_entry(one)).encode())
+        assert {who.user: who.program for who in found.uses} == {event.user: str(other), "ada": "env"}
+        assert f"{other} of {event.user}" in found.recommendation()[0]
 
     def test_says_the_control_group_and_what_is_named_by_it(self, kvm: None) -> None:
         if not (root := Path("/run/cgroup2")).exists():
@@ -602,6 +623,57 @@ class TestLog:
             assert process.wait(20) == 1
             assert process.stderr
             assert process.stderr.read() == "uffdguard: the policy is not in force; run uffdguard start\n"
+
+
+class TestSysctls:
+    """Refused writes, which come in the order of all events; and that the policy does not answer."""
+
+    def test_are_told_between_decisions(self, in_force: Callable[..., None], variant: Callable[..., None]) -> None:
+        """As the guard of sysctls would: here each call by the device is taken for a write."""
+        variant("event->granted = is_granted(task);", "event->sysctl = event->way == WAY_DEVICE;")
+        in_force("kvm", events_per_second=500)
+        stream = Stream()
+        actor("syscall", "device:1", "syscall")
+        first, write, last = stream.read().entries
+        assert isinstance(first, Event)
+        assert isinstance(last, Event)
+        assert isinstance(write, SysctlWrite)
+        assert (write.sysctl, write.value, write.uid, write.command) == ("kernel.ftrace_enabled", 1, USER, "actor")
+
+
+def test_a_file_system_that_does_not_answer_holds_up_nobody(kvm: None) -> None:
+    """An ordinary user asks from a program on it; then another user asks."""
+    with (
+        journald(),
+        subprocess.Popen([*UFFDGUARD, "log"]) as log,
+        subprocess.Popen([*UFFDGUARD, "watch", "--json"], stdout=subprocess.PIPE, text=True) as watch,
+        silent.running(ACTOR, "wait", "syscall", KVM, "wait") as program,
+    ):
+        until(lambda: held(journal.WRITTEN))
+        assert watch.stdout
+        actor("syscall", user=OTHER)
+        json.loads(watch.stdout.readline())  # it has begun
+        program.fall_silent()
+        program.go_on()
+        event = json.loads(watch.stdout.readline())
+        assert (event["pid"], event["uid"], event["executable"]) == (program.pid, USER, "/mnt/over/program")
+        actor("device", user=OTHER)
+        assert json.loads(watch.stdout.readline())["uid"] == OTHER
+        until(lambda: written() == newest())
+        subprocess.run(["journalctl", "--sync"], check=True)
+        assert json.loads(uffdguard("report", "--json").out)["asked"] == 3
+        until(lambda: program.pid in {holder["pid"] for holder in json.loads(uffdguard("holders", "--json").out)})
+        assert uffdguard("check", str(program.pid)).out.startswith("allowed (kvm)")
+        assert uffdguard("status").status == 0
+        assert not program.awaited
+        # So it is for whoever looks at the file:
+        looker = forked(lambda: Path(f"/proc/{program.pid}/exe").stat())
+        until(lambda: program.awaited)
+        os.kill(looker, signal.SIGKILL)
+        until(lambda: Path(f"/proc/{looker}/stat").read_text().rpartition(")")[2].split()[0] == "D")
+        watch.terminate()
+        log.terminate()
+    os.waitpid(looker, 0)
 
 
 def test_log_says_that_there_is_no_journal(kvm: None) -> None:

@@ -62,9 +62,9 @@ def test_no_umask_changes_what_start_mode_knob_and_stop_do(value: int) -> None:
         assert (ours(state.FOUND), ours(state.LOADED)) == ((0, 0, 0o644),) * 2
         guard.set_mode(Mode.ENABLED)
         state.LOADED.write_text("another object")
-        assert guard.start(Policy(), Mode.KVM)
+        assert guard.start(Policy(), Mode.KVM).changed
         (state.PINS / "counts").unlink()
-        assert guard.start(Policy())
+        assert guard.start(Policy()).changed
         with served():
             assert state.status().problems == []
             assert actor(KVM, "syscall", "fork", "syscall") == ["allowed", "allowed", "EPERM"]
@@ -80,7 +80,7 @@ def test_what_an_older_version_made_under_a_umask_is_taken_over_or_away() -> Non
     for path in (native.RUN, state.PINS):
         os.chown(path, 0, 0)
         path.chmod(0)
-    assert guard.start(Policy()) is False
+    assert not guard.start(Policy()).changed
     assert [ours(path) for path in (native.RUN, state.PINS)] == [(native.OWNER, native.OWNER, 0o770)] * 2
     for path in (native.RUN, state.PINS):
         os.chown(path, 0, 0)

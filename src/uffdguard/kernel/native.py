@@ -47,6 +47,9 @@ DEV_USERFAULTFD = Path("/dev/userfaultfd")
 LOADED_KVM = Path("/sys/module/kvm")
 MODULES = Path("/lib/modules")
 
+#: include/linux/proc_ns.h: the initial namespaces have fixed inode numbers.
+INITIAL_NAMESPACES = {"user": 0xEFFFFFFD, "pid": 0xEFFFFFFC}
+
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 MS_BIND, MS_REC, MS_PRIVATE = 1 << 12, 1 << 14, 1 << 18
 CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x10000000, 0x20000000
@@ -70,6 +73,28 @@ def mount(kind: str, where: Path, options: str = "", flags: int = MS_NOSUID | MS
     """
     if _libc().mount(kind.encode(), bytes(where), kind.encode(), flags, options.encode()):
         raise _error(where)
+
+
+def detached(kind: str) -> int:
+    """Return a descriptor of a pseudo file system that is mounted nowhere, fsopen(2), fsmount(2).
+
+    :raises OSError: with the kernel's errno.
+    """
+    fsopen, fsconfig, fsmount = 430, 431, 432  # on every architecture
+    cloexec, config_create = 1, 6  # FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC, FSCONFIG_CMD_CREATE
+    context = _libc().syscall(fsopen, kind.encode(), cloexec)
+    if context < 0:
+        raise _error(kind)
+    try:
+        # MOUNT_ATTR_NOSUID, _NODEV and _NOEXEC have the values of MS_NOSUID and the others.
+        root: int = -1
+        if not _libc().syscall(fsconfig, context, config_create, None, None, 0):
+            root = _libc().syscall(fsmount, context, cloexec, MS_NOSUID | MS_NODEV | MS_NOEXEC)
+        if root < 0:
+            raise _error(kind)
+        return root
+    finally:
+        os.close(context)
 
 
 def remount(where: Path, *, read_only: bool) -> None:
@@ -195,28 +220,6 @@ def is_read_only(where: Path) -> bool:
     return bool(os.statvfs(where).f_flag & os.ST_RDONLY)
 
 
-def detached(kind: str) -> int:
-    """Return a descriptor of a pseudo file system that is mounted nowhere, fsopen(2), fsmount(2).
-
-    :raises OSError: with the kernel's errno.
-    """
-    fsopen, fsconfig, fsmount = 430, 431, 432  # on every architecture
-    cloexec, config_create = 1, 6  # FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC, FSCONFIG_CMD_CREATE
-    context = _libc().syscall(fsopen, kind.encode(), cloexec)
-    if context < 0:
-        raise _error(kind)
-    try:
-        # MOUNT_ATTR_NOSUID, _NODEV and _NOEXEC have the values of MS_NOSUID and the others.
-        root: int = -1
-        if not _libc().syscall(fsconfig, context, config_create, None, None, 0):
-            root = _libc().syscall(fsmount, context, cloexec, MS_NOSUID | MS_NODEV | MS_NOEXEC)
-        if root < 0:
-            raise _error(kind)
-        return root
-    finally:
-        os.close(context)
-
-
 class Knob:
     """The native knob, open: whoever has given up all capabilities can still use it. A context manager.
 
@@ -333,6 +336,11 @@ def need_root(what: str) -> None:
     """
     if os.geteuid() != 0:
         raise Failure(f"only root {what}", "run it as root, e.g. with sudo")
+
+
+def in_initial(kind: str) -> bool:
+    """Tell whether this process is in the initial user or pid namespace."""
+    return Path(f"/proc/self/ns/{kind}").stat().st_ino == INITIAL_NAMESPACES[kind]
 
 
 def drop_capabilities() -> None:
