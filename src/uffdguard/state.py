@@ -152,9 +152,9 @@ def foreign_pins() -> str | None:
         found = PINS.lstat()
     except OSError:
         return None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid or stat.S_IMODE(found.st_mode) != 0o700:
-        return f"{PINS} is not a directory that only root may enter"
-    return None
+    # One of root's that is closed to all others is what an older version or a kill has left.
+    ours = found.st_uid == native.OWNER or (found.st_uid == 0 and not stat.S_IMODE(found.st_mode) & 0o077)
+    return None if stat.S_ISDIR(found.st_mode) and ours else f"{PINS} is not a directory that only root may enter"
 
 
 @contextlib.contextmanager
@@ -285,7 +285,7 @@ def ask(found: Pinned, policy: Policy | None) -> Doubts:
     Where the policy does not answer, the native knob is closed if that protects: :func:`uffdguard.proof.close_net`.
     """
     from uffdguard import proof
-    from uffdguard.guard import locked
+    from uffdguard.lock import locked
 
     if not native.in_initial("pid"):
         return Doubts("it cannot be asked from another pid namespace")
@@ -323,8 +323,11 @@ def status() -> Status:
         with contextlib.suppress(OSError, KeyError):
             counts = libbpf.read(found.fds["counts"], layout.Counts).total()
             kept = libbpf.read(found.fds["enforcement"], layout.Enforcement)
-        # Without our procfs, and with the file in /proc covered, there is no way to it.
-        knob = native.read_knob() if native.PROC.is_mount() or not native.is_covered() else None
+        knob = unread = None
+        try:
+            knob = native.read_knob()
+        except Failure as error:
+            unread = error.what
         left = bool(found.pins) or bool(foreign_pins()) or FOUND.exists() or LOADED.exists()
         due = knob_of(policy) if policy else None
         interface: Interface = ("served" if server() else "dead") if native.is_covered() else "native"
@@ -340,7 +343,7 @@ def status() -> Status:
                 trial_left=trial,
                 knob=knob,
                 due=due,
-                knob_problem=None if native.PROC.is_mount() else f"no procfs is mounted on {native.PROC}",
+                knob_problem=unread,
                 kvm=native.wrong_kvm() if policy.mode is Mode.KVM else None,
                 native_counted=found.counts_native,
                 start_complete=LOADED.exists(),

@@ -192,8 +192,8 @@ def interface(data: bytes) -> None:
     server = object.__new__(knob.Server)
     server.words = tuple(Mode) if kvm else (Mode.DISABLED, Mode.ENABLED)
     server.caller = lambda: (0, 0, 7)
-    server.held, server.holding, server.asker = {}, threading.RLock(), SimpleNamespace()  # type: ignore[assignment]
-    server.native_knob = SimpleNamespace()  # type: ignore[assignment]
+    server.held, server.holding = {}, threading.RLock()
+    server.asker = server.native_knob = SimpleNamespace()  # type: ignore[assignment]
     asked: list[Mode | int] = []
     lines: list[str] = []
     log = SimpleNamespace(warning=lambda text, *values: lines.append(text % values))
@@ -202,11 +202,10 @@ def interface(data: bytes) -> None:
         replaced(native, PROC=scratch()),
         replaced(
             guard,
-            locked=contextlib.nullcontext,
             switch=lambda held, mode, asker, knob: asked.append(mode),
             set_found=lambda held, value, asker, knob: asked.append(value),
         ),
-        replaced(knob, log=log),
+        replaced(knob, log=log, locked=contextlib.nullcontext),
         replaced(
             knob.Server,
             hold=lambda self: None,
@@ -412,7 +411,6 @@ def records(data: bytes) -> None:
     loaded, server, manifest = [*others, None, None, None][:3]
     run = scratch() / "run"
     run.mkdir(exist_ok=True)
-    (run / "proc").mkdir(exist_ok=True)
     places = {name: run / place for name, place in (("FOUND", "native"), ("LOADED", "object"), ("SERVER", "knob"))}
     for path, part in zip([*places.values(), scratch() / "manifest"], [found, loaded, server, manifest], strict=True):
         put(path, part)
@@ -429,7 +427,7 @@ def records(data: bytes) -> None:
 
     with (
         held,
-        replaced(native, RUN=run, PROC=run / "proc", unmount=lambda path: None, uncover=lambda: None),
+        replaced(native, RUN=run, own=lambda fd: None, uncover=lambda: None),
         replaced(native, need_root=lambda what: None, write_knob=wrote.append),
         replaced(guard, state, PINS=run / "pins", _mount=lambda undo: None, _object_hash=lambda: HASH, **places),
         replaced(install, MANIFEST=scratch() / "manifest"),

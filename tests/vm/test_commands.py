@@ -119,15 +119,6 @@ def test_an_ordinary_user_is_told_that_root_is_needed(arguments: tuple[str, ...]
     assert not native.RUN.exists()
 
 
-def test_a_procfs_of_ours_that_is_gone_is_named_and_mended(in_force: Callable[..., None]) -> None:
-    in_force("kvm")
-    native.unmount(native.PROC)
-    assert "no procfs is mounted on /run/uffdguard/proc" in uffdguard("status").out
-    assert "no procfs is mounted on /run/uffdguard/proc; run uffdguard start" in uffdguard("mode", "enabled").err
-    assert uffdguard("start").status == 0
-    assert uffdguard("status").status == 0
-
-
 def test_a_compiled_program_that_is_missing_is_told_on_one_line(
     in_force: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
