@@ -141,7 +141,7 @@ hardened() {
 	systemctl reload uffdguard
 	tell reload "$?"
 	enforced reloaded
-	tell journal "$(journalctl -b -o cat -u uffdguard -u uffdguard-log)"
+	tell journal "$(journalctl -b -o cat -u uffdguard -u uffdguard-log | sed 's/pid [0-9]*/pid N/')"
 }
 enforced() {
 	tell "$1" "$(as stranger /root/actor syscall device) $(as user /root/actor open:/dev/kvm syscall device)"
