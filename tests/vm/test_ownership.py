@@ -6,15 +6,17 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import re
 import signal
 import stat
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from inside import USER, actor, forked, until
 
-from uffdguard import guard, knob, state
+from uffdguard import cli, guard, knob, state
 from uffdguard.errors import Failure
 from uffdguard.kernel import libbpf, native
 from uffdguard.policy import Mode, Policy
@@ -109,6 +111,22 @@ def in_a_user_namespace() -> None:
     Path("/proc/self/setgroups").write_text("deny")
     for name in ("uid_map", "gid_map"):
         Path(f"/proc/self/{name}").write_text("0 0 1")
+
+
+def test_uid_0_without_capabilities_reads_one_line(in_force: Callable[..., None], tmp_path: Path) -> None:
+    in_force("kvm")
+
+    def run(words: tuple[str, ...]) -> None:
+        os.dup2(os.open(tmp_path / "error", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+        sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
+        native.drop_capabilities()
+        cli.main(list(words))
+
+    line = r"uffdguard: cannot enter /run/uffdguard: no CAP_\w+; run it as root on the host itself\n"
+    for words in (("status",), ("mode", "enabled"), ("stop",), ("knob",), ("knob", "serve")):
+        pid = forked(lambda words=words: run(words))  # type: ignore[misc]
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+        assert re.fullmatch(line, (tmp_path / "error").read_text()), words
 
 
 def tracing(pid: int) -> list[bool]:

@@ -329,13 +329,15 @@ def join_owner() -> None:
 
 
 def need_root(what: str) -> None:
-    """Make sure that we are root.
+    """Make sure that we are root, and not one without the capability to enter our directories.
 
     :param what: the end of the sentence "only root ...".
     :raises Failure: we are not.
     """
     if os.geteuid() != 0:
         raise Failure(f"only root {what}", "run it as root, e.g. with sudo")
+    if RUN.exists() and not os.access(RUN, os.X_OK):
+        raise Failure(f"cannot enter {RUN}: no CAP_DAC_OVERRIDE", "run it as root on the host itself")
 
 
 def in_initial(kind: str) -> bool:
