@@ -218,7 +218,7 @@ container() {
 	export HOME=/home/user XDG_RUNTIME_DIR=/tmp/user
 	install -d -o user -m 700 $XDG_RUNTIME_DIR image image/bin
 	cp /bin/busybox image/bin/sh
-	as user timeout 300 podman --storage-driver vfs --cgroup-manager cgroupfs run --rm --network none --rootfs image \
+	as user timeout 300 podman --storage-driver vfs --cgroup-manager cgroupfs run --rm --network none --rootfs /tmp/image \
 		/bin/sh -c 'echo started'
 }
 
