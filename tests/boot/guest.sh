@@ -224,7 +224,7 @@ container() {
 
 # A stranger asks all the time, and must never be allowed; one who is granted asks all the time, and must never be refused.
 upgrade() {
-	(while [ ! -e /tmp/upgraded ]; do as stranger /root/actor syscall device; done >/tmp/stranger) &
+	as stranger bash -c 'while [ ! -e /tmp/upgraded ]; do /root/actor syscall device; sleep 0.02; done' >/tmp/stranger &
 	as user /root/actor open:/dev/kvm loop:/tmp/upgraded >/tmp/granted &
 	asked
 	dpkg -i /root/uffdguard_2_amd64.deb >&2
