@@ -109,7 +109,7 @@ class SysctlWrite:
     @property
     def why(self) -> str:
         """Why it was refused, and what to do."""
-        if self.sysctl == layout.SYSCTLS[0]:
+        if self.sysctl == layout.SYSCTLS[1]:
             return (
                 "it would switch the policy off without a trace; take it out of sysctl.d, or run uffdguard stop first"
             )
@@ -239,12 +239,11 @@ class Stream:
 
 
 def unanswered_since() -> int:
-    """Return since when the policy in force has not answered who asked it, in ns since boot; 0: it answers."""
-    kind = layout.VALUES.get("enforcement")
+    """Return since when the policy in force has not answered whoever asked it, in ns since boot; 0: it answers."""
     with contextlib.suppress(OSError):
         fd = libbpf.get(state.PINS / "enforcement")
         try:
-            return int(getattr(libbpf.read(fd, kind), "unanswered_since", 0)) if kind else 0
+            return int(libbpf.read(fd, layout.Enforcement).unanswered_since)
         finally:
             os.close(fd)
     return 0
@@ -257,7 +256,7 @@ def entry_of(record: layout.Event) -> Event | SysctlWrite | None:
 
 def sysctl_write_of(record: layout.Event) -> SysctlWrite | None:
     """Give names to a refused write of a sysctl; None: one of its words is not known."""
-    if record.sysctl > len(layout.SYSCTLS) or record.mode >= len(layout.MODES):
+    if record.sysctl >= len(layout.SYSCTLS) or record.mode >= len(layout.MODES):
         return None
     cgroup = one_line(cgroup_of(record.cgroup))
     return SysctlWrite(
@@ -271,7 +270,7 @@ def sysctl_write_of(record: layout.Event) -> SysctlWrite | None:
         executable=one_line(executable_of(record)),
         cgroup=cgroup,
         unit=unit(cgroup),
-        sysctl=layout.SYSCTLS[record.sysctl - 1],
+        sysctl=layout.SYSCTLS[record.sysctl],
         value=None if record.flags == NO_NUMBER else record.flags,
         mode=layout.MODES[record.mode],
     )

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from uffdguard import guard, state
+from uffdguard import guard, proof, state
 from uffdguard.errors import Failure, one_line
 from uffdguard.kernel import libbpf, native
 from uffdguard.policy import Mode, Policy, Reason, interface_line
@@ -87,6 +87,8 @@ def run() -> None:
     _require()
     fuse = os.open(DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+    # Ignored by our parent, it would keep us from seeing how the server ends.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if pid == 0:
         status = 1
@@ -219,11 +221,11 @@ def serve(fuse: int) -> NoReturn:
             os.truncate(lock, 0)
             os.write(lock, b"%d\n" % os.getpid())
             server = Server(asker)
-            if missing := [part for part in state.PARTS if part not in server.held]:
+            if missing := [part for part in state.PARTS if part not in server.held and part != "guard_sysctl"]:
                 raise Failure(f"the policy is damaged: not pinned: {', '.join(missing)}", "run uffdguard start")
             # A server before this one may have closed the native knob.
             step("switch to the mode that is set")
-            guard.switch(server.held, server.current().mode, asker)
+            guard.switch(server.held, server.current().mode, asker, server.native_knob)
         step("await the mount")
         end = time.monotonic() + PATIENCE
         while not _is_mounted(fuse):
@@ -248,7 +250,7 @@ class Server:
         self.asker = asker
         self.words = native.modes()
         #: Stays when our procfs is unmounted.
-        self.native_knob = os.open(native.PROC / native.KNOB, os.O_WRONLY | os.O_CLOEXEC)
+        self.native_knob = native.Knob()
         self.held: dict[str, int] = {}
         #: Has who uses or changes ``held``, besides guard's lock, which comes first, where something is changed.
         self.holding = threading.RLock()
@@ -300,7 +302,7 @@ class Server:
             except Exception as error:  # also that the lock cannot be had: nobody would watch any more
                 step("close the native knob")
                 with contextlib.suppress(OSError):
-                    os.write(self.native_knob, b"0\n")
+                    proof.set_knob(self.held, 0, self.native_knob)
                 log.critical("the policy does not refuse any more, and the native knob is closed: %s", error)
                 self.end(1)
 
@@ -362,7 +364,7 @@ class Server:
             raise OSError(errno.EPERM, "no CAP_SYS_ADMIN")
         number = data.strip(b" \t\n") in (b"0", b"1") and len(data) <= LONGEST
         if number and not offset and self.current().audit:
-            self.change(lambda: guard.set_found(self.held, int(data), self.asker))
+            self.change(lambda: guard.set_found(self.held, int(data), self.asker, self.native_knob))
             return len(data)
         try:
             if offset:
@@ -371,7 +373,7 @@ class Server:
         except ValueError:
             log.warning("refused to write %r, which is none of %s: %s", data[:LONGEST], ", ".join(self.words), who)
             raise OSError(errno.EINVAL, "none of the words") from None
-        self.change(lambda: guard.switch(self.held, mode, self.asker))
+        self.change(lambda: guard.switch(self.held, mode, self.asker, self.native_knob))
         if self.current().audit:
             log.warning("mode %s in audit: refusals are counted and told, and let pass: %s", mode, who)
         return len(data)

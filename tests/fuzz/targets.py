@@ -193,6 +193,7 @@ def interface(data: bytes) -> None:
     server.words = tuple(Mode) if kvm else (Mode.DISABLED, Mode.ENABLED)
     server.caller = lambda: (0, 0, 7)
     server.held, server.holding, server.asker = {}, threading.RLock(), SimpleNamespace()  # type: ignore[assignment]
+    server.native_knob = SimpleNamespace()  # type: ignore[assignment]
     asked: list[Mode | int] = []
     lines: list[str] = []
     log = SimpleNamespace(warning=lambda text, *values: lines.append(text % values))
@@ -202,8 +203,8 @@ def interface(data: bytes) -> None:
         replaced(
             guard,
             locked=contextlib.nullcontext,
-            switch=lambda held, mode, asker: asked.append(mode),
-            set_found=lambda held, value, asker: asked.append(value),
+            switch=lambda held, mode, asker, knob: asked.append(mode),
+            set_found=lambda held, value, asker, knob: asked.append(value),
         ),
         replaced(knob, log=log),
         replaced(
@@ -237,6 +238,7 @@ def interface(data: bytes) -> None:
 
 STATUS = state.Status(
     in_force=True,
+    reason=None,
     mode=Mode.KVM,
     user_mode_only=False,
     audit=False,
@@ -274,7 +276,7 @@ REPORT = report.Report(user_mode_only=False)
 REPORT.add(b"damaged")
 #: What each verb does, at the boundary below which something is asked or changed; with its result.
 EFFECTS: dict[tuple[object, str], object] = {
-    (guard, "start"): False,
+    (guard, "start"): guard.Started(False, None, Policy()),
     (guard, "stop"): False,
     (guard, "set_mode"): Policy(Mode.KVM),
     (state, "status"): STATUS,
@@ -530,7 +532,7 @@ def events(data: bytes) -> None:
     ):
         event = decisions.entry_of(record)
     known = record.way < len(layout.WAYS) and record.reason <= len(layout.REASONS)
-    known = record.mode < len(Mode) and (record.sysctl <= len(layout.SYSCTLS) if record.sysctl else known)
+    known = record.mode < len(Mode) and (record.sysctl < len(layout.SYSCTLS) if record.sysctl else known)
     assert (event is not None) == known
     if event is None:
         return

@@ -88,9 +88,9 @@ messages: list[str] = []
 
 
 def _collect(level: int, form: bytes, arguments: int) -> int:
-    text = ctypes.create_string_buffer(1 << 16)
-    ctypes.CDLL(None).vsnprintf(text, c_size_t(len(text)), form, c_void_p(arguments))
-    if level == 0:
+    if level == 0:  # before anything else: a load has hundreds of other messages
+        text = ctypes.create_string_buffer(1 << 16)
+        ctypes.CDLL(None).vsnprintf(text, c_size_t(len(text)), form, c_void_p(arguments))
         messages.append(text.value.decode(errors="replace").rstrip())
     return 0
 
@@ -119,6 +119,7 @@ def library() -> ctypes.CDLL:
         "bpf_object__next_program": [c_void_p, c_void_p],
         "bpf_object__btf": [c_void_p],
         "bpf_program__attach": [c_void_p],
+        "bpf_program__attach_cgroup": [c_void_p, c_int],
         "bpf_program__attach_iter": [c_void_p, c_void_p],
         "bpf_program__name": [c_void_p],
         "btf__load_vmlinux_btf": [],
@@ -219,6 +220,18 @@ class Object:
         """Attach PROGRAM to the hook its section names; return the link's descriptor."""
         return self._detached(_call("bpf_program__attach", self._program(program)))
 
+    def attach_cgroup(self, program: str, cgroup: int) -> int:
+        """Attach PROGRAM to the control group CGROUP and those below it; return the link's descriptor."""
+        return self._detached(_call("bpf_program__attach_cgroup", self._program(program), cgroup))
+
+    def attach_iterator(self, program: str) -> int:
+        """Return a link's descriptor by which :func:`iterate` runs PROGRAM, an iterator."""
+        return self._detached(_call("bpf_program__attach_iter", self._program(program), None))
+
+    def leave_out(self, program: str) -> None:
+        """Let :meth:`load` load all but PROGRAM."""
+        _call("bpf_program__set_autoload", self._program(program), False)
+
     def program_fd(self, program: str) -> int:
         """Return the descriptor of a loaded program, the object's own: valid until the object is closed."""
         return _call("bpf_program__fd", self._program(program))
@@ -229,25 +242,11 @@ class Object:
 
     def run_iterator(self, program: str) -> bytes:
         """Run an iterator program once over everything it iterates; return what it wrote."""
-        link = self._detached(_call("bpf_program__attach_iter", self._program(program), None))
+        link = self.attach_iterator(program)
         try:
-            fd = _call("bpf_iter_create", link)
+            return iterate(link)
         finally:
             os.close(link)
-        written = bytearray()
-        try:
-            while True:
-                try:
-                    part = os.read(fd, 1 << 16)
-                except (
-                    BlockingIOError
-                ):  # kernel/bpf/bpf_iter.c: after a million objects about which nothing was written
-                    continue
-                if not part:
-                    return bytes(written)
-                written += part
-        finally:
-            os.close(fd)
 
     def map_fd(self, name: str) -> int:
         """Return the descriptor of map NAME, the object's own: valid until the object is closed."""
@@ -291,6 +290,27 @@ class Object:
         return fd
 
 
+def iterate(link: int) -> bytes:
+    """Run an iterator program once over everything it iterates, by the descriptor of its link; return what it wrote.
+
+    Asks for no capability: whoever has the descriptor may.
+    """
+    fd = _call("bpf_iter_create", link)
+    written = bytearray()
+    try:
+        while True:
+            try:
+                part = os.read(fd, 1 << 16)
+            except BlockingIOError:  # kernel/bpf/bpf_iter.c: after a million objects about which nothing was written
+                continue
+            if not part:
+                return bytes(written)
+            written += part
+    finally:
+        os.close(fd)
+
+
+@functools.cache
 def kernel_has_function(name: str) -> bool:
     """Tell whether the running kernel's BTF describes the function NAME.
 
@@ -367,6 +387,8 @@ def attach_fexit(program: int) -> int:
 
 def maps_of(program: ProgramInfo, names: dict[str, str]) -> dict[str, int]:
     """Return descriptors of the maps that a program uses, under the NAMES that its object's names stand for.
+
+    :param names: by the names that the kernel has: their first 15 characters, BPF_OBJ_NAME_LEN.
 
     :raises OSError: EPERM without CAP_SYS_ADMIN.
     """
