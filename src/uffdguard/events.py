@@ -109,7 +109,7 @@ class SysctlWrite:
     @property
     def why(self) -> str:
         """Why it was refused, and what to do."""
-        if self.sysctl == layout.SYSCTLS[1]:
+        if self.sysctl == layout.SYSCTLS[0]:
             return (
                 "it would switch the policy off without a trace; take it out of sysctl.d, or run uffdguard stop first"
             )
@@ -239,7 +239,7 @@ class Stream:
 
 
 def unanswered_since() -> int:
-    """Return since when the policy in force has not answered whoever asked it, in ns since boot; 0: it answers."""
+    """Return since when the policy in force does not answer, in ns since boot; 0: it answers."""
     with contextlib.suppress(OSError):
         fd = libbpf.get(state.PINS / "enforcement")
         try:
@@ -256,7 +256,7 @@ def entry_of(record: layout.Event) -> Event | SysctlWrite | None:
 
 def sysctl_write_of(record: layout.Event) -> SysctlWrite | None:
     """Give names to a refused write of a sysctl; None: one of its words is not known."""
-    if record.sysctl >= len(layout.SYSCTLS) or record.mode >= len(layout.MODES):
+    if record.sysctl > len(layout.SYSCTLS) or record.mode >= len(layout.MODES):
         return None
     cgroup = one_line(cgroup_of(record.cgroup))
     return SysctlWrite(
@@ -270,7 +270,7 @@ def sysctl_write_of(record: layout.Event) -> SysctlWrite | None:
         executable=one_line(executable_of(record)),
         cgroup=cgroup,
         unit=unit(cgroup),
-        sysctl=layout.SYSCTLS[record.sysctl],
+        sysctl=layout.SYSCTLS[record.sysctl - 1],
         value=None if record.flags == NO_NUMBER else record.flags,
         mode=layout.MODES[record.mode],
     )

@@ -532,7 +532,7 @@ def events(data: bytes) -> None:
     ):
         event = decisions.entry_of(record)
     known = record.way < len(layout.WAYS) and record.reason <= len(layout.REASONS)
-    known = record.mode < len(Mode) and (record.sysctl < len(layout.SYSCTLS) if record.sysctl else known)
+    known = record.mode < len(Mode) and (record.sysctl <= len(layout.SYSCTLS) if record.sysctl else known)
     assert (event is not None) == known
     if event is None:
         return

@@ -96,7 +96,7 @@ class TestTheGuardOfSysctls:
         assert FTRACE.read_text() == "1\n"
         assert actor("device") == ["allowed" if mode is Mode.ENABLED else "EPERM"]
         told = [event for event in events() if event.sysctl]
-        assert [(layout.SYSCTLS[event.sysctl], event.flags) for event in told] == [("kernel.ftrace_enabled", 0)] * 2
+        assert [(layout.SYSCTLS[event.sysctl - 1], event.flags) for event in told] == [("kernel.ftrace_enabled", 0)] * 2
         assert (told[0].pid, told[0].uid, told[0].enforced) == (os.getpid(), 0, 1)
         assert told[1].command == b"sh"
         with part("counts") as fd:
