@@ -214,14 +214,17 @@ def _can_guard() -> bool:
     return features.has_sysctl_guard()
 
 
-def not_in_force() -> Failure:
-    """Return what to say where no policy is in force: on a kernel that is too old, what start would say."""
+def not_in_force(reason: str | None = None) -> Failure:
+    """Return what to say where no policy is in force: on a kernel that is too old, what start would say.
+
+    :param reason: why it is not, as Status has it.
+    """
     from uffdguard.kernel import features
 
     kernel = features.kernel()
     if kernel.state == "missing":
         return Failure(f"the policy is not in force: {kernel.fact}", kernel.hint)
-    return Failure("the policy is not in force", "run uffdguard start")
+    return Failure(f"the policy is not in force{f': {reason}' if reason else ''}", "run uffdguard start")
 
 
 def current_policy() -> Policy:

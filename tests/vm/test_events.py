@@ -19,9 +19,9 @@ import pytest
 from inside import ACTOR, USER, actor, forked, journald, kernel_memory, uffdguard, until, waiting_actor
 from vm import silent
 
-from uffdguard import guard, inspect, journal, report, state
-from uffdguard.events import LEASE, Event, Stream, SysctlWrite
-from uffdguard.kernel import layout, libbpf, native
+from uffdguard import guard, inspect, journal, proof, report, state
+from uffdguard.events import INTERVAL, LEASE, Event, Stream
+from uffdguard.kernel import features, layout, libbpf, native
 from uffdguard.policy import Mode, Policy, Reason
 
 if TYPE_CHECKING:
@@ -625,20 +625,42 @@ class TestLog:
             assert process.stderr.read() == "uffdguard: the policy is not in force; run uffdguard start\n"
 
 
-class TestSysctls:
-    """Refused writes, which come in the order of all events; and that the policy does not answer."""
-
-    def test_are_told_between_decisions(self, in_force: Callable[..., None], variant: Callable[..., None]) -> None:
-        """As the guard of sysctls would: here each call by the device is taken for a write."""
-        variant("event->granted = is_granted(task);", "event->sysctl = event->way == WAY_DEVICE;")
-        in_force("kvm", events_per_second=500)
-        stream = Stream()
-        actor("syscall", "device:1", "syscall")
-        first, write, last = stream.read().entries
-        assert isinstance(first, Event)
-        assert isinstance(last, Event)
-        assert isinstance(write, SysctlWrite)
-        assert (write.sysctl, write.value, write.uid, write.command) == ("kernel.ftrace_enabled", 1, USER, "actor")
+def test_refused_sysctls_and_silence_are_told_by_watch_log_and_report(in_force: Callable[..., None]) -> None:
+    in_force("disabled")
+    with (
+        journald(),
+        subprocess.Popen([*UFFDGUARD, "log"]) as log,
+        subprocess.Popen([*UFFDGUARD, "watch", "--json", "--since-boot"], stdout=subprocess.PIPE, text=True) as watch,
+    ):
+        assert watch.stdout
+        actor("device")
+        for path, text in ((features.FTRACE_ENABLED, "0\n"), (native.FILE, "1\n"), (native.FILE, "x\n")):
+            with pytest.raises(PermissionError):
+                path.write_text(text)
+        actor("device", user=OTHER)
+        _, first, ftrace, knob, other, last = (json.loads(watch.stdout.readline()) for _ in range(6))
+        assert (first["uid"], last["uid"], "sysctl" in first) == (USER, OTHER, False)
+        assert [(one["sysctl"], one["value"]) for one in (ftrace, knob, other)] == [
+            ("kernel.ftrace_enabled", 0), ("vm.unprivileged_userfaultfd", 1), ("vm.unprivileged_userfaultfd", None),
+        ]  # fmt: skip
+        assert (ftrace["pid"], ftrace["user"], ftrace["mode"]) == (os.getpid(), "root", "disabled")
+        assert ftrace["executable"] == str(Path("/proc/self/exe").readlink())
+        until(lambda: written() == newest())
+        for answers in (False, True):
+            with state.pinned() as found:
+                proof.record(found.fds, answers=answers)
+            assert json.loads(watch.stdout.readline())["answers"] is answers
+            time.sleep(2 * INTERVAL)  # log looks no less often
+        subprocess.run(["journalctl", "--sync"], check=True)
+        found = json.loads(uffdguard("report", "--json").out)
+        assert [found[name] for name in ("asked", "silences", "damaged")] == [2, 1, 0]
+        assert [(one["setting"], one["refused"]) for one in found["sysctls"]] == [
+            ("kernel.ftrace_enabled = 0", 1),
+            ("vm.unprivileged_userfaultfd = 1", 1),
+            ("vm.unprivileged_userfaultfd", 1),
+        ]
+        watch.terminate()
+        log.terminate()
 
 
 def test_a_file_system_that_does_not_answer_holds_up_nobody(kvm: None) -> None:

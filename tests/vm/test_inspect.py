@@ -22,6 +22,7 @@ import pytest
 from hypothesis.stateful import invariant
 from inside import ACTOR, USER, actor, family, force_knob, forked, uffdguard, waiting_actor
 from vm.test_model import USERFAULTFD_IOC_NEW, Model, run, subjects
+from vm.test_silence import silence
 
 from uffdguard import inspect, state
 from uffdguard.errors import Failure
@@ -31,7 +32,7 @@ from uffdguard.policy import Mode
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["subjects"]
+__all__ = ["silence", "subjects"]
 
 KVM = "open:/dev/kvm"
 #: In place of markup, of a terminal's and of a line's end.
@@ -308,6 +309,16 @@ class TestCheck:
                 check(pid)
             thread = int(failure.value.hint.split()[-1])
             assert check(thread).reason == "native"
+
+    def test_of_a_policy_that_does_not_answer_says_so(
+        self, silence: Callable[[bool], None], in_force: Callable[..., None]
+    ) -> None:
+        in_force("kvm")
+        silence(True)
+        for arguments in (("check", "1"), ("check", "--", "true"), ("holders",), ("watch",)):
+            outcome = uffdguard(*arguments)
+            assert (outcome.status, outcome.out, outcome.err.count("\n")) == (1, "", 1)
+            assert outcome.err.startswith("uffdguard: the policy is not in force: ")
 
     def test_of_a_damaged_policy_says_so(self, in_force: Callable[..., None]) -> None:
         in_force("kvm")

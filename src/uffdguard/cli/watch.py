@@ -31,7 +31,7 @@ def command(everything: bool, since_boot: bool, json: bool) -> None:
 
     status = state.status()
     if not status.in_force:
-        raise state.not_in_force()
+        raise state.not_in_force(status.reason)
     printer = Objects() if json else Lines()
     if since_boot:
         printer.totals(status)
