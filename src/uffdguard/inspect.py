@@ -69,8 +69,10 @@ def setting_of(found: state.Pinned) -> Setting:
     if policy is None and (found.pins or state.server()):
         problems = ", ".join(found.problems) or "its map cannot be read"
         raise Failure(f"the policy is damaged: {problems}", "run uffdguard start")
-    # Without our procfs, and with the file in /proc covered, there is no way to the knob.
-    return Setting(policy, native.read_knob() if native.PROC.is_mount() or not native.is_covered() else None)
+    try:
+        return Setting(policy, native.read_knob())
+    except Failure:
+        return Setting(policy, None)
 
 
 def answered(found: state.Pinned) -> Setting:

@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from uffdguard import guard, proof, state
 from uffdguard.errors import Failure, one_line
 from uffdguard.kernel import libbpf, native
+from uffdguard.kernel.native import Access
+from uffdguard.lock import locked
 from uffdguard.policy import Mode, Policy, Reason, interface_line
 from uffdguard.proof import Asker, Silence
 from uffdguard.steps import Steps, log
@@ -159,6 +161,8 @@ def serve_under_manager() -> NoReturn:
 
     :raises Failure: no policy is in force, another server runs, or nobody mounted it.
     """
+    if os.geteuid() == 0:
+        native.join_owner()
     _require()
     SOCKET.unlink(missing_ok=True)
     step("bind the socket")
@@ -207,11 +211,9 @@ def serve(fuse: int) -> NoReturn:
 
     :raises Failure: the policy is not in force any more, or another server runs.
     """
-    with Asker() as asker:
-        native.drop_capabilities()
-        # A bpffs may be mounted anew below /sys/fs.
-        native.restrict_writes(native.RUN, native.BPFFS.parent)
-        with guard.locked():
+    with Asker() as asker, native.Knob() as native_knob:
+        confine()
+        with locked():
             # Under the lock, so that stop either sees this server or leaves nothing for it to hold.
             if not state.LOADED.exists():
                 raise state.not_in_force()
@@ -220,7 +222,7 @@ def serve(fuse: int) -> NoReturn:
             claim(lock)
             os.truncate(lock, 0)
             os.write(lock, b"%d\n" % os.getpid())
-            server = Server(asker)
+            server = Server(asker, native_knob)
             if missing := [part for part in state.PARTS if part not in server.held and part != "guard_sysctl"]:
                 raise Failure(f"the policy is damaged: not pinned: {', '.join(missing)}", "run uffdguard start")
             # A server before this one may have closed the native knob.
@@ -240,17 +242,35 @@ def serve(fuse: int) -> NoReturn:
         server.end(0)
 
 
+def confine() -> None:
+    """Give up what a server can do without: its capabilities, and to write files that are not its own.
+
+    :raises Failure: it cannot join the group of our directories.
+    """
+    native.join_owner()
+    os.umask(0o077)
+    native.drop_capabilities()
+    native.restrict_writes(
+        {
+            native.RUN: Access.WRITE | Access.MAKE | Access.REMOVE,
+            # To pin again.
+            native.BPFFS: Access.MAKE | Access.MAKE_DIRECTORY | Access.REMOVE,
+            # A bpffs may be mounted anew. Nothing else that is mounted there lets files be made or removed.
+            native.BPFFS.parent: Access.MAKE | Access.REMOVE,
+        }
+    )
+
+
 class Server:
     """The operations of the file system, whose root is the file; and the watch over the policy."""
 
     #: What mfusepy asks of its operations: times in ns.
     use_ns = True
 
-    def __init__(self, asker: Asker) -> None:
+    def __init__(self, asker: Asker, native_knob: native.Knob) -> None:
         self.asker = asker
+        self.native_knob = native_knob
         self.words = native.modes()
-        #: Stays when our procfs is unmounted.
-        self.native_knob = native.Knob()
         self.held: dict[str, int] = {}
         #: Has who uses or changes ``held``, besides guard's lock, which comes first, where something is changed.
         self.holding = threading.RLock()
@@ -296,7 +316,7 @@ class Server:
             step("watch")
             try:
                 # Whoever changes something sees the policy answer, too: nothing is missed by skipping a turn.
-                with contextlib.suppress(BlockingIOError), guard.locked(wait=False), self.holding:
+                with contextlib.suppress(BlockingIOError), locked(wait=False), self.holding:
                     self.hold()
                     self.ask()
             except Exception as error:  # also that the lock cannot be had: nobody would watch any more
@@ -381,7 +401,7 @@ class Server:
     def change(self, how: Callable[[], object]) -> None:
         """Change something of what is pinned now; EIO when that fails."""
         try:
-            with guard.locked(), self.holding:
+            with locked(), self.holding:
                 self.hold()
                 how()
         except Failure as error:
@@ -408,7 +428,7 @@ def _require() -> None:
     import ctypes
 
     native.need_root("serves the interface file")
-    if not state.LOADED.exists() or not native.PROC.is_mount():
+    if not state.LOADED.exists():
         raise state.not_in_force()
     if state.server():
         raise Failure("the interface file is being served already", "see uffdguard status")

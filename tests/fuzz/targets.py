@@ -192,8 +192,8 @@ def interface(data: bytes) -> None:
     server = object.__new__(knob.Server)
     server.words = tuple(Mode) if kvm else (Mode.DISABLED, Mode.ENABLED)
     server.caller = lambda: (0, 0, 7)
-    server.held, server.holding, server.asker = {}, threading.RLock(), SimpleNamespace()  # type: ignore[assignment]
-    server.native_knob = SimpleNamespace()  # type: ignore[assignment]
+    server.held, server.holding = {}, threading.RLock()
+    server.asker = server.native_knob = SimpleNamespace()  # type: ignore[assignment]
     asked: list[Mode | int] = []
     lines: list[str] = []
     log = SimpleNamespace(warning=lambda text, *values: lines.append(text % values))
@@ -202,11 +202,10 @@ def interface(data: bytes) -> None:
         replaced(native, PROC=scratch()),
         replaced(
             guard,
-            locked=contextlib.nullcontext,
             switch=lambda held, mode, asker, knob: asked.append(mode),
             set_found=lambda held, value, asker, knob: asked.append(value),
         ),
-        replaced(knob, log=log),
+        replaced(knob, log=log, locked=contextlib.nullcontext),
         replaced(
             knob.Server,
             hold=lambda self: None,
@@ -249,6 +248,7 @@ STATUS = state.Status(
     pins=dict.fromkeys(state.PARTS, True),
     skipped=0,
     lost=0,
+    guard="attached",
     interface="native",
     grants=1,
     allowed=1,
@@ -257,7 +257,9 @@ STATUS = state.Status(
     native=0,
     let_pass=0,
     suppressed=0,
+    sysctl_refused=0,
     problems=[],
+    failing=[],
 )
 WAYS = ("syscall", "syscall-user-mode-only", "device")
 ANSWER = inspect.Answer(
@@ -298,7 +300,7 @@ EFFECTS: dict[tuple[object, str], object] = {
     (knob, "main"): None,
     (knob, "mount"): None,
     (importlib.import_module("uffdguard.cli.install"), "completion"): "",  # runs bash
-    (install, "install"): None,
+    (install, "install"): install.Installed(Mode.KVM, None, Mode.KVM),
     (install, "uninstall"): ["/etc/changed"],
     (vm, "run"): 0,
     (kernels, "fetch"): None,
@@ -389,7 +391,7 @@ def arguments(data: bytes) -> None:
     for name, values, options in done:
         for mode in {value for value in values if isinstance(value, Mode)}:
             named = {str(mode), f"--mode={mode}"} & set(words)
-            assert named or (name, mode) == ("install", Mode.DISABLED), (name, mode)
+            assert named, (name, mode)
         if timeout := options.get("timeout"):
             assert isinstance(timeout, int)
             assert timeout > 0
@@ -409,7 +411,6 @@ def records(data: bytes) -> None:
     loaded, server, manifest = [*others, None, None, None][:3]
     run = scratch() / "run"
     run.mkdir(exist_ok=True)
-    (run / "proc").mkdir(exist_ok=True)
     places = {name: run / place for name, place in (("FOUND", "native"), ("LOADED", "object"), ("SERVER", "knob"))}
     for path, part in zip([*places.values(), scratch() / "manifest"], [found, loaded, server, manifest], strict=True):
         put(path, part)
@@ -426,7 +427,7 @@ def records(data: bytes) -> None:
 
     with (
         held,
-        replaced(native, RUN=run, PROC=run / "proc", unmount=lambda path: None, uncover=lambda: None),
+        replaced(native, RUN=run, own=lambda fd: None, uncover=lambda: None),
         replaced(native, need_root=lambda what: None, write_knob=wrote.append),
         replaced(guard, state, PINS=run / "pins", _mount=lambda undo: None, _object_hash=lambda: HASH, **places),
         replaced(install, MANIFEST=scratch() / "manifest"),

@@ -21,7 +21,7 @@ from vm import silent
 
 from uffdguard import guard, inspect, journal, proof, report, state
 from uffdguard.events import INTERVAL, LEASE, Event, Stream
-from uffdguard.kernel import layout, libbpf, native
+from uffdguard.kernel import features, layout, libbpf, native
 from uffdguard.policy import Mode, Policy, Reason
 
 if TYPE_CHECKING:
@@ -634,7 +634,7 @@ def test_refused_sysctls_and_silence_are_told_by_watch_log_and_report(in_force: 
     ):
         assert watch.stdout
         actor("device")
-        for path, text in ((native.FTRACE, "0\n"), (native.FILE, "1\n"), (native.FILE, "x\n")):
+        for path, text in ((features.FTRACE_ENABLED, "0\n"), (native.FILE, "1\n"), (native.FILE, "x\n")):
             with pytest.raises(PermissionError):
                 path.write_text(text)
         actor("device", user=OTHER)

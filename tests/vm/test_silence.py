@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 KVM = "open:/dev/kvm"
-FTRACE = native.FTRACE
+FTRACE = features.FTRACE_ENABLED
 FILE = native.FILE
 
 #: What sysctls say of a process in another mount namespace, through a procfs of its own.
@@ -141,10 +141,9 @@ class TestTheGuardOfSysctls:
         monkeypatch.setattr(features, "has_sysctl_guard", lambda: False)
         in_force("kvm")
         assert actor(KVM, "syscall", "fork", "syscall") == ["allowed", "allowed", "EPERM"]
-        status = state.status()
-        assert status.in_force
-        (problem,) = status.problems
-        assert "cannot guard sysctls" in problem
+        outcome = uffdguard("status")
+        assert "guard of sysctls  impossible: this kernel has no cgroup v2 for BPF" in outcome.out
+        assert json.loads(uffdguard("status", "--json").out)["guard"] == "unsupported"
         assert guard.start(Policy(), None).changed is False
 
 
@@ -260,7 +259,7 @@ def test_hooks_that_were_skipped_and_grants_that_were_lost_are_named_until_a_sta
         counts = libbpf.read(fd, layout.Counts)
         counts.of[0].lost = 3
         libbpf.write(fd, counts)
-    assert state.status().problems == ["3 grants were lost since the last start"]
+    assert state.status().problems == ["an opener of /dev/kvm was not recorded, and is refused, 3 times"]
     assert guard.start(Policy(), None).changed
     assert state.status().problems == []
 
