@@ -87,6 +87,8 @@ def run() -> None:
     _require()
     fuse = os.open(DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+    # Ignored by our parent, it would keep us from seeing how the server ends.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     pid = os.fork()
     if pid == 0:
         status = 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -54,11 +55,21 @@ class Asker:
                     status = 0
                 finally:
                     os._exit(status)
+        try:
+            self._process: int | None = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            self._process = None
 
     def _end(self) -> None:
         self._socket.close()
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
+        # Where our parent ignored SIGCHLD so do we, and the kernel itself waits for children: one that has ended is
+        # gone, and its pid may be another's.
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                signal.pidfd_send_signal(self._process, signal.SIGKILL)
+                os.waitid(os.P_PIDFD, self._process, os.WEXITED)
+            os.close(self._process)
+            self._process = None
 
     @staticmethod
     def _serve(server: socket.socket, device: int) -> None:

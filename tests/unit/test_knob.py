@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
+import select
+import signal
 import threading
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from uffdguard.errors import Failure
 from uffdguard.kernel import native
 from uffdguard.knob import LONGEST, parse
 from uffdguard.policy import Mode
+from uffdguard.proof import Asker, Silence
 
 WORDS = tuple(Mode)
 
@@ -96,3 +100,23 @@ def test_a_server_begins_while_others_look_whether_one_runs(tmp_path: Path, monk
         knob.claim(file.fileno())
         with state.SERVER.open() as other, pytest.raises(Failure, match="being served already"):
             knob.claim(other.fileno())
+
+
+def test_a_trial_child_that_dies_is_replaced_also_where_the_kernel_waits_for_children(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A parent that ignores SIGCHLD hands that on; then nobody can wait for a child that has ended."""
+    monkeypatch.setattr(native, "DEV_USERFAULTFD", "/dev/null")
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        with Asker() as asker:
+            process = os.pidfd_open(asker.pid)
+            os.kill(asker.pid, signal.SIGKILL)
+            assert select.select([process], [], [], 10)[0]
+            os.close(process)
+            with pytest.raises(Silence):
+                asker._answer(b"d")
+            asker.restart()
+            assert asker._answer(b"d") == errno.ENOTTY
+    finally:
+        signal.signal(signal.SIGCHLD, before)
