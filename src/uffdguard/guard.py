@@ -51,6 +51,7 @@ STEPS = Steps(
         "mount bpffs",
         "record the native knob",
         "load",
+        "attach administrators",
         "attach grant",
         "attach forget",
         "seed",

@@ -29,7 +29,8 @@ LOADED = native.RUN / "object"
 SERVER = native.RUN / "knob"
 
 #: Each link is pinned under the name of its program; with the maps that its program uses.
-LINKS = {
+LINKS: dict[str, set[str]] = {
+    "administrators": set(),
     "grant": {"grants", "counts"},
     "forget": {"grants", "counts"},
     "decide": {"grants", "counts", "policy", "witness", "events", "watching"},

@@ -128,7 +128,7 @@ def test_doctor_finds_nothing_missing_here() -> None:
     native.DEV_KVM.chmod(0o660)
     rows = {row["name"]: row for row in json.loads(uffdguard("doctor", "--json").out)}
     assert {row["state"] for row in rows.values()} == {"ok"}
-    assert {f"program {name}" for name in ("decide", "grant", "forget", "seed")} < set(rows)
+    assert {f"program {name}" for name in ("decide", "grant", "forget", "seed", "administrators")} < set(rows)
     assert not native.RUN.exists()
 
 

@@ -249,7 +249,7 @@ static __noinline int asks_user_mode_only(struct task_struct *task)
 
 static __always_inline int is_privileged(const struct cred *cred)
 {
-	return has_ptrace(cred) && (cred->user_ns == seen_initial || is_initial(cred->user_ns));
+	return has(cred, CAP_SYS_PTRACE) && (cred->user_ns == seen_initial || is_initial(cred->user_ns));
 }
 
 static __always_inline int is_granted(struct task_struct *task)
@@ -552,6 +552,29 @@ int seed(struct bpf_iter__task_file *ctx)
 	/* The task may have left this address space meanwhile, and forget() may have come before the entry. */
 	if (record(id) && *(struct mm_struct *volatile *)&task->mm != mm)
 		erase(id);
+	return 0;
+}
+
+static __always_inline int administers(const struct cred *cred)
+{
+	return has(cred, CAP_SYS_ADMIN) && cred->user_ns->level == 0;
+}
+
+/*
+ * Which threads may change the policy by the interface file, whose server has nothing else to know by: what /proc says
+ * of capabilities is relative to a process's own user namespace. Both sets of credentials must do: an overlay
+ * file system acts for its user by those of who mounted it, a worker of io_uring by those of who asks.
+ */
+SEC("iter/task")
+int administrators(struct bpf_iter__task *ctx)
+{
+	struct task_struct *task = ctx->task;
+	int tid;
+
+	if (!task || !administers(task->real_cred) || !administers(task->cred))
+		return 0;
+	tid = task->pid;
+	bpf_seq_write(ctx->meta->seq, &tid, sizeof(tid));
 	return 0;
 }
 

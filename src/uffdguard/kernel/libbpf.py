@@ -231,23 +231,9 @@ class Object:
         """Run an iterator program once over everything it iterates; return what it wrote."""
         link = self._detached(_call("bpf_program__attach_iter", self._program(program), None))
         try:
-            fd = _call("bpf_iter_create", link)
+            return read_iterator(link)
         finally:
             os.close(link)
-        written = bytearray()
-        try:
-            while True:
-                try:
-                    part = os.read(fd, 1 << 16)
-                except (
-                    BlockingIOError
-                ):  # kernel/bpf/bpf_iter.c: after a million objects about which nothing was written
-                    continue
-                if not part:
-                    return bytes(written)
-                written += part
-        finally:
-            os.close(fd)
 
     def map_fd(self, name: str) -> int:
         """Return the descriptor of map NAME, the object's own: valid until the object is closed."""
@@ -289,6 +275,23 @@ class Object:
         fd = os.dup(_call("bpf_link__fd", link))
         _call("bpf_link__destroy", link)
         return fd
+
+
+def read_iterator(link: int) -> bytes:
+    """Run the iterator of a link once over everything it iterates; return what it wrote. Asks for no capability."""
+    fd = _call("bpf_iter_create", link)
+    written = bytearray()
+    try:
+        while True:
+            try:
+                part = os.read(fd, 1 << 16)
+            except BlockingIOError:  # kernel/bpf/bpf_iter.c: after a million objects about which nothing was written
+                continue
+            if not part:
+                return bytes(written)
+            written += part
+    finally:
+        os.close(fd)
 
 
 def kernel_has_function(name: str) -> bool:

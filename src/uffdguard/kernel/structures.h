@@ -6,6 +6,7 @@
 #include <bpf/bpf_helpers.h>
 
 #define CAP_SYS_PTRACE 19
+#define CAP_SYS_ADMIN 21
 #define FMODE_PATH 0x4000
 #define KVM_RDEV ((10 << 20) | 232) /* MISC_MAJOR, KVM_MINOR, in the kernel's own dev_t */
 #define S_IFMT 0170000
@@ -128,12 +129,12 @@ static __always_inline int is_kvm(const struct file *file)
 	return (file->f_inode->i_mode & S_IFMT) == S_IFCHR && file->f_inode->i_rdev == KVM_RDEV;
 }
 
-/* Whether CAP_SYS_PTRACE is effective, in whatever user namespace. */
-static __always_inline int has_ptrace(const struct cred *cred)
+/* Whether a CAPABILITY, one of the first 32, is effective, in whatever user namespace. */
+static __always_inline int has(const struct cred *cred, int capability)
 {
 	const struct cred___until_6_2 *older = (const void *)cred;
 	__u64 capabilities = bpf_core_field_exists(older->cap_effective.cap) ? older->cap_effective.cap[0] :
 									       cred->cap_effective.val;
 
-	return capabilities >> CAP_SYS_PTRACE & 1;
+	return capabilities >> capability & 1;
 }
