@@ -135,7 +135,7 @@ def start(configured: Policy, mode: Mode | None = None, *, events_per_second: in
         current = found.policy() if found.has("decide") or LOADED.exists() else None
         wanted = configured._replace(mode=mode or (current or configured).mode)
         native.check_mode(wanted.mode)
-        if not server():
+        if native.is_covered() and not server() and native.is_deserted():
             native.uncover()  # what a server that has died left
         ours = found.has("decide") or LOADED.exists()
         if not (ours and FOUND.exists()):

@@ -127,3 +127,15 @@ class Asker:
                 f" ({reason}) where {expected} was due",
                 "nothing was put in force; please report this with the kernel's version",
             )
+
+
+def record(held: dict[str, int], since: int) -> None:
+    """Leave for others since when the policy has not answered, in ns since boot; 0: it answers."""
+
+
+def set_knob(held: dict[str, int], value: int) -> None:
+    """Set the native knob while a policy is in force.
+
+    :raises OSError: the kernel refused.
+    """
+    native.write_knob(value)

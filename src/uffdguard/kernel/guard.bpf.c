@@ -4,7 +4,8 @@
  *
  * decide() is the twin of decide() in policy.py: a row there is a row here. The other programs keep the set
  * of address spaces that have opened /dev/kvm, which is what mode `kvm` asks about, and count what the kernel
- * refuses before it asks. tell() is where a decision becomes an event.
+ * refuses before it asks. guard_sysctl() refuses the sysctls that would undo all this. tell() is where a decision
+ * becomes an event.
  */
 #include "structures.h"
 #include <bpf/bpf_tracing.h>
@@ -54,7 +55,8 @@ struct tally {
 	__u64 suppressed; /* events over a limit */
 	__u64 grants; /* address spaces in the map */
 	__u64 lost; /* grants that could not be recorded */
-	__u64 unused[5]; /* two cache lines in all */
+	__u64 sysctl; /* writes of a sysctl that guard_sysctl() refused */
+	__u64 unused[4]; /* two cache lines in all */
 };
 
 /*
@@ -83,10 +85,22 @@ struct witness {
 	__u32 strict;
 	__u32 decisions;
 	enum reason reason; /* of the last of them */
-	__u32 unused;
+	__u32 questions; /* that guard_sysctl() has refused */
 } __attribute__((aligned(8)));
 
 volatile struct witness witness SEC(".data.witness") = {};
+
+/* What keeps the policy in force, beside the policy itself. A later version finds room here: the map is kept. */
+struct enforcement {
+	__u32 knob; /* the value that vm.unprivileged_userfaultfd is to have */
+	__u32 zero; /* stays 0, see guard_sysctl() */
+	__u64 unanswered_since; /* ns since boot: the policy was seen not to answer; 0: it answers */
+	__u64 skips_seen; /* hooks that the kernel has skipped, at the last start */
+	__u64 lost_seen; /* grants that could not be recorded, at the last start */
+	__u64 room[4];
+};
+
+volatile struct enforcement enforcement SEC(".data.enforcement") = {};
 
 /*
  * The address spaces that have opened /dev/kvm, by mm->context.ctx_id. The kernel never gives an id twice, so
@@ -107,7 +121,14 @@ enum way {
 	WAY_DEVICE,
 };
 
-/* A decision, for events.py. */
+/* What guard_sysctl() has refused to write, if an event is of that. */
+enum sysctl {
+	SYSCTL_NONE,
+	SYSCTL_FTRACE_ENABLED,
+	SYSCTL_NATIVE,
+};
+
+/* A decision, for events.py; or a refused sysctl, whose `flags` are the number that was to be written. */
 struct event {
 	__u64 number; /* from 1 */
 	__u64 time; /* ns since boot */
@@ -127,7 +148,7 @@ struct event {
 	__u8 initial;
 	__u8 capability;
 	__u8 granted;
-	__u8 unused;
+	enum sysctl sysctl : 8;
 	char command[16];
 	char executable[40]; /* its file's name, without the directories */
 };
@@ -249,7 +270,7 @@ static __noinline int asks_user_mode_only(struct task_struct *task)
 
 static __always_inline int is_privileged(const struct cred *cred)
 {
-	return has(cred, CAP_SYS_PTRACE) && (cred->user_ns == seen_initial || is_initial(cred->user_ns));
+	return has_capability(cred, CAP_SYS_PTRACE) && (cred->user_ns == seen_initial || is_initial(cred->user_ns));
 }
 
 static __always_inline int is_granted(struct task_struct *task)
@@ -321,23 +342,19 @@ static __always_inline int is_told(enum reason reason, __u32 owner, __u64 now)
 	       take(&watching.window, now, watching.total);
 }
 
-static __noinline int tell(enum reason reason, __u32 policy, int enforced)
+/* What an event says of the task that is running; returns whether it is told. */
+static __always_inline int describe(struct event *event, enum reason reason)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
 	const struct cred *cred = task->cred;
 	__u64 now = bpf_ktime_get_boot_ns();
-	union policy then = { .word = policy };
 	struct file *executable;
-	struct slot slot = {};
-	struct event *event = &slot.event;
-	__u32 flags, key = owner_of(cred);
 
-	if (!is_told(reason, key, now / 1000000000)) {
+	event->owner = owner_of(cred);
+	if (!is_told(reason, event->owner, now / 1000000000)) {
 		count(suppressed, 1);
 		return 0;
 	}
-
-	event->owner = key;
 	event->time = now;
 	event->pid = task->tgid;
 	event->tid = task->pid;
@@ -351,18 +368,38 @@ static __noinline int tell(enum reason reason, __u32 policy, int enforced)
 		bpf_probe_read_kernel_str(event->executable, sizeof(event->executable),
 					  BPF_CORE_READ(executable, f_path.dentry, d_name.name));
 	}
-	event->way = way_of(task, &flags);
-	event->flags = flags;
 	event->reason = reason;
-	event->mode = then.bits.mode;
-	event->enforced = enforced;
 	event->initial = cred->user_ns->level == 0;
 	event->capability = is_privileged(cred);
-	event->granted = is_granted(task);
 	bpf_get_current_comm(event->command, sizeof(event->command));
-	event->number = __sync_fetch_and_add(&watching.told, 1) + 1;
-	key = event->number % EVENTS;
-	bpf_map_update_elem(&events, &key, &slot, BPF_F_LOCK);
+	return 1;
+}
+
+static __always_inline void publish(struct slot *slot)
+{
+	__u32 key;
+
+	slot->event.number = __sync_fetch_and_add(&watching.told, 1) + 1;
+	key = slot->event.number % EVENTS;
+	bpf_map_update_elem(&events, &key, slot, BPF_F_LOCK);
+}
+
+static __noinline int tell(enum reason reason, __u32 policy, int enforced)
+{
+	struct task_struct *task = bpf_get_current_task_btf();
+	union policy then = { .word = policy };
+	struct slot slot = {};
+	struct event *event = &slot.event;
+	__u32 flags;
+
+	if (!describe(event, reason))
+		return 0;
+	event->way = way_of(task, &flags);
+	event->flags = flags;
+	event->mode = then.bits.mode;
+	event->enforced = enforced;
+	event->granted = is_granted(task);
+	publish(&slot);
 	return 0;
 }
 
@@ -557,13 +594,13 @@ int seed(struct bpf_iter__task_file *ctx)
 
 static __always_inline int administers(const struct cred *cred)
 {
-	return has(cred, CAP_SYS_ADMIN) && cred->user_ns->level == 0;
+	return has_capability(cred, CAP_SYS_ADMIN) && cred->user_ns->level == 0;
 }
 
 /*
- * Which threads may change the policy by the interface file, whose server has nothing else to know by: what /proc says
- * of capabilities is relative to a process's own user namespace. Both sets of credentials must do: an overlay
- * file system acts for its user by those of who mounted it, a worker of io_uring by those of who asks.
+ * The threads that may change the policy, by their numbers in the initial pid namespace. Not the kernel's own, which act
+ * for others. Both credentials must do: an overlay file system acts for its user by those of whoever mounted it, and a
+ * worker of io_uring, which has those of an earlier time, by those of the request.
  */
 SEC("iter/task")
 int administrators(struct bpf_iter__task *ctx)
@@ -571,10 +608,82 @@ int administrators(struct bpf_iter__task *ctx)
 	struct task_struct *task = ctx->task;
 	int tid;
 
-	if (!task || !administers(task->real_cred) || !administers(task->cred))
+	if (!task || !task->mm || !administers(task->real_cred) || !administers(task->cred))
 		return 0;
 	tid = task->pid;
 	bpf_seq_write(ctx->meta->seq, &tid, sizeof(tid));
+	return 0;
+}
+
+static __noinline int tell_sysctl(enum sysctl which, __u32 value)
+{
+	struct slot slot = {};
+
+	count(sysctl, 1);
+	if (!describe(&slot.event, NR_REASONS))
+		return 0;
+	slot.event.sysctl = which;
+	slot.event.flags = value;
+	slot.event.mode = policy.bits.mode;
+	slot.event.enforced = 1;
+	publish(&slot);
+	return 0;
+}
+
+#define NOT_A_DIGIT 0xffffffff
+
+/* The one digit in TEXT, with nothing but blanks after it. */
+static __always_inline __u32 digit_in(const char *text, int size)
+{
+	int i;
+
+	for (i = 1; i < size; i++)
+		if (text[i] > ' ')
+			return NOT_A_DIGIT;
+	return text[0] >= '0' && text[0] <= '9' ? text[0] - '0' : NOT_A_DIGIT;
+}
+
+/*
+ * kernel.ftrace_enabled = 0 turns all programs on trampolines off, LSM programs included, and nothing tells. This one
+ * needs no trampoline. It is on the root of the default hierarchy, so that no mount namespace and no container is out
+ * of its reach. Who writes "?" to the native knob wants to know whether it is there: without it that is EINVAL.
+ */
+SEC("cgroup/sysctl")
+int guard_sysctl(struct bpf_sysctl *ctx)
+{
+	/*
+	 * bpf_sysctl_get_name() pads nothing. The verifiers of 6.14 to 6.16 take these for never written by the helpers,
+	 * and remove what compares them as dead code, unless the values before are unknown to them.
+	 */
+	__u64 zero = enforcement.zero, name[4] = { zero, zero, zero, zero }, text = zero;
+	enum sysctl which;
+	__u32 value;
+	int length;
+
+	if (!ctx->write)
+		return 1;
+	length = bpf_sysctl_get_name(ctx, (char *)name, sizeof(name), 0);
+	if (length == sizeof("kernel/ftrace_enabled") - 1 && name[0] == *(const __u64 *)"kernel/f" &&
+	    name[1] == *(const __u64 *)"trace_en" && name[2] == *(const __u64 *)"abled\0\0")
+		which = SYSCTL_FTRACE_ENABLED;
+	else if (length == sizeof("vm/unprivileged_userfaultfd") - 1 && name[0] == *(const __u64 *)"vm/unpri" &&
+		 name[1] == *(const __u64 *)"vileged_" && name[2] == *(const __u64 *)"userfaul" &&
+		 name[3] == *(const __u64 *)"tfd\0\0\0\0")
+		which = SYSCTL_NATIVE;
+	else
+		return 1;
+
+	length = bpf_sysctl_get_new_value(ctx, (char *)&text, sizeof(text));
+	value = length < 0 ? NOT_A_DIGIT : digit_in((char *)&text, sizeof(text));
+	if (which == SYSCTL_NATIVE && *(char *)&text == '?') {
+		__sync_fetch_and_add(&witness.questions, 1);
+		return 0;
+	}
+	if (which == SYSCTL_NATIVE && policy.bits.audit)
+		return 1;
+	if (value == (which == SYSCTL_NATIVE ? enforcement.knob : 1))
+		return 1;
+	tell_sysctl(which, value);
 	return 0;
 }
 

@@ -61,7 +61,7 @@ int threads(struct bpf_iter__task *ctx)
 	thread.tid = task->pid;
 	thread.uid = cred->euid.val;
 	thread.granted = bpf_map_lookup_elem(&grants, &id) != NULL;
-	thread.effective = has(cred, CAP_SYS_PTRACE);
+	thread.effective = has_capability(cred, CAP_SYS_PTRACE);
 	thread.initial = cred->user_ns->level == 0;
 	bpf_probe_read_kernel_str(thread.comm, sizeof(thread.comm), task->group_leader->comm);
 	bpf_seq_write(ctx->meta->seq, &thread, sizeof(thread));

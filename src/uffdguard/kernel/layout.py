@@ -41,7 +41,8 @@ class Tally(ctypes.Structure):
         ("suppressed", c_uint64),
         ("grants", c_int64),
         ("lost", c_uint64),
-        ("unused", c_uint64 * 5),
+        ("sysctl", c_uint64),
+        ("unused", c_uint64 * 4),
     )
 
     def by_reason(self) -> dict[Reason, int]:
@@ -72,12 +73,25 @@ class Witness(ctypes.Structure):
         ("strict", c_uint32),
         ("decisions", c_uint32),
         ("reason", c_uint32),
-        ("unused", c_uint32),
+        ("questions", c_uint32),
+    )
+
+
+class Enforcement(ctypes.Structure):
+    """``struct enforcement``: what keeps the policy in force, beside the policy itself."""
+
+    _fields_ = (
+        ("knob", c_uint32),
+        ("zero", c_uint32),
+        ("unanswered_since", c_uint64),  # ns since boot; 0: it answers
+        ("skips_seen", c_uint64),
+        ("lost_seen", c_uint64),
+        ("room", c_uint64 * 4),
     )
 
 
 class Event(ctypes.Structure):
-    """``struct event``: a decision, for events.py."""
+    """``struct event``: a decision, or a refused sysctl, for events.py."""
 
     _fields_ = (
         ("number", c_uint64),
@@ -98,7 +112,7 @@ class Event(ctypes.Structure):
         ("initial", c_uint8),
         ("capability", c_uint8),
         ("granted", c_uint8),
-        ("unused", c_uint8),
+        ("sysctl", c_uint8),
         ("command", c_char * 16),
         ("executable", c_char * 40),
     )
@@ -150,6 +164,7 @@ VALUES: dict[str, type[ctypes.Structure]] = {
     "counts": Counts,
     "witness": Witness,
     "watching": Watching,
+    "enforcement": Enforcement,
 }
 
 #: The other maps, and what their values are.
@@ -157,6 +172,9 @@ ENTRIES: dict[str, type[ctypes.Structure]] = {"events": Slot}
 
 #: The ways to ask, in the order of ``enum way``.
 WAYS: tuple[Way, ...] = get_args(Way)
+
+#: The sysctls that are guarded, in the order of ``enum sysctl``; 0 is none of them.
+SYSCTLS = ("", "kernel.ftrace_enabled", "vm.unprivileged_userfaultfd")
 
 #: The same of inspect.bpf.c: what its iterators write.
 RECORDS: dict[str, type[ctypes.Structure]] = {"thread": Thread, "descriptor": Descriptor}
@@ -187,10 +205,11 @@ def check(obj: Object) -> None:
         "enum reason": {f"REASON_{word.name}": number for number, word in enumerate(REASONS)}
         | {"NR_REASONS": len(REASONS)},
         "enum way": {f"WAY_{word.upper()}": number for number, word in enumerate(WAYS)},
+        "enum sysctl": {"SYSCTL_NONE": 0, "SYSCTL_FTRACE_ENABLED": 1, "SYSCTL_NATIVE": 2},
         "struct event": _members(Event),
         "struct tally": _members(Tally),
     }
-    found: dict[str, object] = {f"enum {name}": obj.enumerators(name) for name in ("mode", "reason", "way")}
+    found: dict[str, object] = {f"enum {name}": obj.enumerators(name) for name in ("mode", "reason", "way", "sysctl")}
     found |= {f"struct {name}": obj.members(name) for name in ("event", "tally")}
     _compare(obj, "guard.bpf.o", VALUES | ENTRIES, expected, found)
 

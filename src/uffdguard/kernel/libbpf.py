@@ -119,6 +119,7 @@ def library() -> ctypes.CDLL:
         "bpf_object__next_program": [c_void_p, c_void_p],
         "bpf_object__btf": [c_void_p],
         "bpf_program__attach": [c_void_p],
+        "bpf_program__attach_cgroup": [c_void_p, c_int],
         "bpf_program__attach_iter": [c_void_p, c_void_p],
         "bpf_program__name": [c_void_p],
         "btf__load_vmlinux_btf": [],
@@ -219,6 +220,18 @@ class Object:
         """Attach PROGRAM to the hook its section names; return the link's descriptor."""
         return self._detached(_call("bpf_program__attach", self._program(program)))
 
+    def attach_cgroup(self, program: str, cgroup: int) -> int:
+        """Attach PROGRAM to the control group CGROUP and those below it; return the link's descriptor."""
+        return self._detached(_call("bpf_program__attach_cgroup", self._program(program), cgroup))
+
+    def attach_iterator(self, program: str) -> int:
+        """Return a link's descriptor by which :func:`iterate` runs PROGRAM, an iterator."""
+        return self._detached(_call("bpf_program__attach_iter", self._program(program), None))
+
+    def leave_out(self, program: str) -> None:
+        """Let :meth:`load` load all but PROGRAM."""
+        _call("bpf_program__set_autoload", self._program(program), False)
+
     def program_fd(self, program: str) -> int:
         """Return the descriptor of a loaded program, the object's own: valid until the object is closed."""
         return _call("bpf_program__fd", self._program(program))
@@ -229,9 +242,9 @@ class Object:
 
     def run_iterator(self, program: str) -> bytes:
         """Run an iterator program once over everything it iterates; return what it wrote."""
-        link = self._detached(_call("bpf_program__attach_iter", self._program(program), None))
+        link = self.attach_iterator(program)
         try:
-            return read_iterator(link)
+            return iterate(link)
         finally:
             os.close(link)
 
@@ -277,8 +290,11 @@ class Object:
         return fd
 
 
-def read_iterator(link: int) -> bytes:
-    """Run the iterator of a link once over everything it iterates; return what it wrote. Asks for no capability."""
+def iterate(link: int) -> bytes:
+    """Run an iterator program once over everything it iterates, by the descriptor of its link; return what it wrote.
+
+    Asks for no capability: whoever has the descriptor may.
+    """
     fd = _call("bpf_iter_create", link)
     written = bytearray()
     try:

@@ -129,12 +129,12 @@ static __always_inline int is_kvm(const struct file *file)
 	return (file->f_inode->i_mode & S_IFMT) == S_IFCHR && file->f_inode->i_rdev == KVM_RDEV;
 }
 
-/* Whether a CAPABILITY, one of the first 32, is effective, in whatever user namespace. */
-static __always_inline int has(const struct cred *cred, int capability)
+/* Whether a capability of the lower 32 is effective, in whatever user namespace. */
+static __always_inline int has_capability(const struct cred *cred, int number)
 {
 	const struct cred___until_6_2 *older = (const void *)cred;
 	__u64 capabilities = bpf_core_field_exists(older->cap_effective.cap) ? older->cap_effective.cap[0] :
 									       cred->cap_effective.val;
 
-	return capabilities >> capability & 1;
+	return capabilities >> number & 1;
 }
