@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import prometheus
-from inside import USER, forked, until
+from inside import USER, force_knob, forked, until
 
 from uffdguard import guard
 from uffdguard.kernel import native
@@ -98,7 +98,7 @@ def load() -> Iterator[Callable[[float], None]]:
                 end(pids.pop(machine))
         wanted = 0 if DRIFT[0] <= now < DRIFT[1] else 1
         if native.read_knob() != wanted:
-            native.write_knob(wanted)
+            force_knob(wanted)
 
     try:
         yield go_on

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from uffdguard import cli, guard, knob, state
-from uffdguard.kernel import libbpf, native
+from uffdguard.kernel import layout, libbpf, native
 from uffdguard.policy import Mode, Policy
 from uffdguard.steps import log
 
@@ -224,6 +224,16 @@ def watched(killer: Killer) -> Iterator[list[str]]:
         yield killer.seen
     finally:
         log.removeHandler(killer)
+
+
+def force_knob(value: int) -> None:
+    """Set the native knob to what it is not to have, as nobody can while the guard of sysctls is there."""
+    fd = libbpf.get(state.PINS / "enforcement")
+    due = libbpf.read(fd, layout.Enforcement).knob
+    libbpf.store(fd, layout.Enforcement, "knob", value)
+    native.write_knob(value)
+    libbpf.store(fd, layout.Enforcement, "knob", due)
+    os.close(fd)
 
 
 def until(condition: Callable[[], object]) -> None:

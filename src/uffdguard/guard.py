@@ -13,13 +13,15 @@ import os
 import select
 import signal
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
+from uffdguard import proof
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, layout, libbpf, native
 from uffdguard.policy import Mode, Policy, Reason, decide
 from uffdguard.proof import Asker
 from uffdguard.state import (
+    CONFIGURED,
     COUNTERS,
     FOUND,
     LINKS,
@@ -51,11 +53,13 @@ STEPS = Steps(
         "mount bpffs",
         "record the native knob",
         "load",
-        "attach administrators",
         "attach grant",
         "attach forget",
+        "attach administrators",
+        "attach guard_sysctl",
         "seed",
         "attach decide",
+        "ask the guard of sysctls",
         "ask strictly",
         "set the policy",
         "ask",
@@ -114,15 +118,29 @@ def _lock(how: int) -> int:
         os.close(fd)
 
 
-def start(configured: Policy, mode: Mode | None = None, *, events_per_second: int = 20) -> bool:
+class Started(NamedTuple):
+    """What a start has done."""
+
+    #: Whether anything had to be done.
+    changed: bool
+    #: The policy that was in force before, if any was.
+    before: Policy | None
+    #: The policy that is in force now.
+    policy: Policy
+
+
+def start(
+    configured: Policy, mode: Mode | None = None, *, audit: bool | None = None, events_per_second: int = 20
+) -> Started:
     """Put the policy in force, or bring what is there to what is wanted.
 
-    A mode that is set already stays as it is unless MODE is given; the options are the configuration's.
+    A mode that is set already stays as it is unless MODE is given. So does whether refusals are carried out, unless
+    AUDIT is given or the configuration has changed in that. The other options are the configuration's.
 
     :param configured: what the configuration files say.
     :param mode: the mode that was asked for on the command line.
+    :param audit: whether refusals are let pass, as asked for on the command line.
     :param events_per_second: how many events one user may cause.
-    :returns: whether anything had to be done.
     :raises Failure: it could not be done; what was done is undone.
     """
     features.require()
@@ -133,33 +151,108 @@ def start(configured: Policy, mode: Mode | None = None, *, events_per_second: in
         if problem := foreign_pins():
             raise Failure(problem, "remove it and run start again")
         current = found.policy() if found.has("decide") or LOADED.exists() else None
-        wanted = configured._replace(mode=mode or (current or configured).mode)
+        wanted = configured._replace(
+            mode=mode or (current or configured).mode, audit=_wanted_audit(configured, current, audit)
+        )
         native.check_mode(wanted.mode)
         if native.is_covered() and not server() and native.is_deserted():
             native.uncover()  # what a server that has died left
+        knob = held.enter_context(native.Knob())
         ours = found.has("decide") or LOADED.exists()
         if not (ours and FOUND.exists()):
             step("record the native knob")
             # With a policy in force and its record lost, the knob's value is ours and not what was found. A record that
             # a killed start or stop has left may be older than a change that somebody made since: the stricter counts.
-            value = 0 if ours else min(native.read_knob(), found_knob(otherwise=1))
+            value = 0 if ours else min(knob.read(), found_knob(otherwise=1))
             if not FOUND.exists():
                 undo.callback(FOUND.unlink, missing_ok=True)
             write(FOUND, str(value))
-        if found.complete and _same_object():
-            knob = knob_of(wanted)
-            changed = current != wanted or native.read_knob() != knob or found.counts_native is not (knob == 0)
-            changed |= _is_armed(found)
+        asker = held.enter_context(Asker())
+        older: set[int] = set()
+        amiss = found.complete and (_is_armed(found) or _has_news(found))
+        if found.complete and _same_object() and _answers(found, asker, knob):
+            fds, due = found.fds, knob_of(wanted)
+            changed = amiss or current != wanted or knob.read() != due or found.counts_native is not (due == 0)
             if changed:
-                _change(found.fds, wanted, held.enter_context(Asker()), undo)
-            _limit(found.fds, events_per_second)
-            undo.pop_all()
-            return changed
-        older = [program.id for program in found.programs.values()]
-        _limit(_replace(found, wanted, held, undo), events_per_second)
+                _change(fds, wanted, asker, knob, undo)
+        else:
+            changed = True
+            fds = _replace(found, wanted, asker, knob, held, undo)
+            older = {program.id for program in found.programs.values()} - _ids(fds)
+        _limit(fds, events_per_second)
+        _acknowledge(fds)
+        _write_once(CONFIGURED, _audit_word(configured))
+        step("record the object")
+        _write_once(LOADED, _object_hash())
         undo.pop_all()
     libbpf.await_end(older)
+    return Started(changed, current, wanted)
+
+
+def _wanted_audit(configured: Policy, current: Policy | None, asked: bool | None) -> bool:
+    if asked is not None:
+        return asked
+    with contextlib.suppress(OSError):
+        if current and CONFIGURED.read_text() == _audit_word(configured):
+            return current.audit
+    return configured.audit
+
+
+def _audit_word(configured: Policy) -> str:
+    return "audit" if configured.audit else "enforce"
+
+
+def _write_once(path: Path, text: str) -> None:
+    """Write a file where it does not say TEXT already."""
+    if not path.exists() or path.read_bytes() != text.encode():
+        write(path, text)
+
+
+def _answers(found: Pinned, asker: Asker, knob: native.Knob) -> bool:
+    """Ask all that is in force; whatever does not answer is to be replaced.
+
+    :raises Silence: it could not be asked.
+    """
+    try:
+        _ask(found.fds, asker, knob)
+    except proof.Silence:
+        raise
+    except Failure as error:
+        log.debug("%s", error)
+        return False
     return True
+
+
+def _ask(fds: dict[str, int], asker: Asker, knob: native.Knob) -> None:
+    """See the guard of sysctls and then the policy answer, so that nothing can be switched off in between."""
+    if "guard_sysctl" in fds:
+        step("ask the guard of sysctls")
+        proof.ask_guard(fds["witness"], knob)
+    step("ask strictly")
+    asker.ask(fds["witness"], Reason.DISABLED, strict=True)
+
+
+def _has_news(found: Pinned) -> bool:
+    """Tell whether hooks were skipped, grants lost, or the policy did not answer since the last start."""
+    seen = libbpf.read(found.fds["enforcement"], layout.Enforcement)
+    lost = libbpf.read(found.fds["counts"], layout.Counts).total().lost
+    return bool(seen.unanswered_since) or (found.skipped, lost) != (seen.skips_seen, seen.lost_seen)
+
+
+def _acknowledge(fds: dict[str, int]) -> None:
+    """Note how many hooks were skipped and grants lost: only what comes on top is news."""
+    programs = [libbpf.program_of_link(fds[name]) for name in LINKS if name in fds]
+    programs += [libbpf.info(fds[name], libbpf.ProgramInfo) for name in COUNTERS]
+    skipped = sum(program.recursion_misses for program in programs)
+    lost = libbpf.read(fds["counts"], layout.Counts).total().lost
+    for member, value in (("skips_seen", skipped), ("lost_seen", lost), ("unanswered_since", 0)):
+        libbpf.store(fds["enforcement"], layout.Enforcement, member, value)
+
+
+def _ids(fds: dict[str, int]) -> set[int]:
+    """Return the ids of the programs of these links and programs."""
+    ids = {libbpf.info(fds[name], libbpf.LinkInfo).prog_id for name in LINKS if name in fds}
+    return ids | {libbpf.info(fds[name], libbpf.ProgramInfo).id for name in COUNTERS}
 
 
 def _await_server() -> None:
@@ -223,7 +316,14 @@ def _limit(fds: dict[str, int], events_per_second: int) -> None:
         libbpf.store(fds["watching"], layout.Watching, name, number)
 
 
-def _replace(found: Pinned, wanted: Policy, held: contextlib.ExitStack, undo: contextlib.ExitStack) -> dict[str, int]:
+def _replace(
+    found: Pinned,
+    wanted: Policy,
+    asker: Asker,
+    knob: native.Knob,
+    held: contextlib.ExitStack,
+    undo: contextlib.ExitStack,
+) -> dict[str, int]:
     """Load, attach, try and pin the programs of our object; the older ones decide until the new ones have proved.
 
     The policy is kept where a program decides by it: older and newer are attached together for a while. The grants
@@ -234,12 +334,15 @@ def _replace(found: Pinned, wanted: Policy, held: contextlib.ExitStack, undo: co
     """
     first = not found.has("decide") and not LOADED.exists()
     keep = {"policy"} if found.has("decide") else set()
+    if found.has("guard_sysctl"):
+        keep.add("enforcement")
     if not first and found.has("grant", "forget"):
-        keep |= {"grants", "counts", "events", "watching"} & found.fds.keys()
+        keep |= {"grants", "counts", "events", "watching"}
+    can_guard = features.has_sysctl_guard()
     try:
         obj = held.enter_context(libbpf.Object(features.OBJECT))
         layout.check(obj)
-        for name in keep:
+        for name in keep & found.fds.keys():
             # Another version may have another number of reasons to count.
             older = libbpf.info(found.fds[name], libbpf.MapInfo)
             if obj.map_size(layout.map_name(name)) == (older.value_size, older.max_entries):
@@ -247,6 +350,8 @@ def _replace(found: Pinned, wanted: Policy, held: contextlib.ExitStack, undo: co
         if not libbpf.kernel_has_function("__ia32_sys_userfaultfd"):
             # It is loaded all the same, so that there is one way only, and never attached.
             obj.aim("native32", "__x64_sys_userfaultfd")
+        if not can_guard:
+            obj.leave_out("guard_sysctl")
         step("load")
         obj.load()
     except OSError as error:
@@ -257,26 +362,55 @@ def _replace(found: Pinned, wanted: Policy, held: contextlib.ExitStack, undo: co
     if wanted.audit and not found.has("decide"):
         # What is attached below would refuse until the policy is set; the strict question is not asked of this.
         libbpf.write(fds["policy"], layout.Word.of(wanted))
+    if "enforcement" not in keep:
+        libbpf.store(fds["enforcement"], layout.Enforcement, "knob", knob.read())
     try:
         for name in LINKS:
+            if name == "guard_sysctl" and not can_guard:
+                continue
+            if _is_the_same(found, obj, name):
+                fds[name] = found.fds[name]
+                continue
             if name == "decide" and first:
                 step("seed")
                 obj.run_iterator("seed")
             step(f"attach {name}")
-            fds[name] = obj.attach(name)
+            fds[name] = _attach(obj, name)
             held.callback(os.close, fds[name])
     except OSError as error:
         raise Failure(f"cannot attach the policy: {error}", "see uffdguard doctor") from error
-    _change(fds, wanted, held.enter_context(Asker()), undo, pin_over=found)
-    step("record the object")
-    write(LOADED, _object_hash())
+    _change(fds, wanted, asker, knob, undo, pin_over=found)
     return fds
+
+
+def _is_the_same(found: Pinned, obj: libbpf.Object, name: str) -> bool:
+    """Tell whether a program that grants is attached already and fills the map that OBJ has.
+
+    Each attaching to or detaching from a function makes its trampoline anew, and a call that is in flight then runs no
+    fexit program: an opener of /dev/kvm would lose its grant, and nothing counts that.
+    """
+    if name not in ("grant", "forget") or not found.has("grant", "forget"):
+        return False
+    if libbpf.info(obj.program_fd(name), libbpf.ProgramInfo).tag != found.programs[name].tag:
+        return False
+    return all(libbpf.same_map(obj.map_fd(layout.map_name(used)), found.fds[used]) for used in LINKS[name])
+
+
+def _attach(obj: libbpf.Object, name: str) -> int:
+    match name:
+        case "administrators":
+            return obj.attach_iterator(name)
+        case "guard_sysctl":
+            with features.cgroup_root() as root:
+                return obj.attach_cgroup(name, root)
+    return obj.attach(name)
 
 
 def _change(
     fds: dict[str, int],
     wanted: Policy,
     asker: Asker,
+    knob: native.Knob,
     undo: contextlib.ExitStack,
     *,
     pin_over: Pinned | None = None,
@@ -288,12 +422,11 @@ def _change(
     """
     expected = decide(wanted, asker.REQUEST)
     try:
-        step("ask strictly")
-        asker.ask(fds["witness"], Reason.DISABLED, strict=True)
-        value, due = native.read_knob(), knob_of(wanted)
+        _ask(fds, asker, knob)
+        value, due = knob.read(), knob_of(wanted)
         before = libbpf.read(fds["policy"], layout.Word)
         if due < value:
-            _set_knob(due, value, undo)
+            _set_knob(fds, due, value, knob, undo)
         step("set the policy")
         libbpf.write(fds["policy"], layout.Word.of(wanted))
         undo.callback(libbpf.write, fds["policy"], before)
@@ -301,10 +434,11 @@ def _change(
         asker.ask(fds["witness"], expected, audit=wanted.audit)
         if pin_over:
             for part in PARTS:
-                step(f"pin {part}")
-                _pin(part, fds[part], pin_over.fds.get(part), undo)
-        if due > value:
-            _set_knob(due, value, undo)
+                if part in fds:
+                    step(f"pin {part}")
+                    _pin(part, fds[part], pin_over.fds.get(part), undo)
+        if due >= value:
+            _set_knob(fds, due, value, knob, undo)
         if due:
             step("ask by system call")
             asker.ask(fds["witness"], expected, by_syscall=True, audit=wanted.audit)
@@ -313,12 +447,12 @@ def _change(
         raise Failure(f"cannot put the policy in force: {error}", "see uffdguard doctor") from error
 
 
-def _set_knob(due: int, value: int, undo: contextlib.ExitStack) -> None:
+def _set_knob(fds: dict[str, int], due: int, value: int, knob: native.Knob, undo: contextlib.ExitStack) -> None:
     """Let the native knob be DUE; it is closed before the policy is set, and opened when that was seen to answer."""
     step("set the native knob")
     # Whatever went wrong after this, an older policy of ours or none needs no more than it had.
-    undo.callback(native.write_knob, value)
-    native.write_knob(due)
+    undo.callback(proof.set_knob, fds, value, knob)
+    proof.set_knob(fds, due, knob)
 
 
 def _count_native(fds: dict[str, int], wanted: bool, undo: contextlib.ExitStack) -> None:
@@ -377,11 +511,11 @@ def set_mode(mode: Mode) -> Policy:
             if not found.pins:
                 raise not_in_force()
             raise Failure(f"the policy is damaged: {', '.join(found.problems)}", "run uffdguard start")
-        with Asker() as asker:
-            return switch(found.fds, mode, asker)
+        with Asker() as asker, native.Knob() as knob:
+            return switch(found.fds, mode, asker, knob)
 
 
-def switch(fds: dict[str, int], mode: Mode, asker: Asker) -> Policy:
+def switch(fds: dict[str, int], mode: Mode, asker: Asker, knob: native.Knob) -> Policy:
     """Switch the mode and return what is then; for who has the lock and descriptors of what is decided by.
 
     :raises Failure: the mode does not exist here, or the policy does not answer.
@@ -392,12 +526,12 @@ def switch(fds: dict[str, int], mode: Mode, asker: Asker) -> Policy:
         raise Failure("the policy cannot be read", "run uffdguard start")
     with contextlib.ExitStack() as undo:
         wanted = current._replace(mode=mode)
-        _change(fds, wanted, asker, undo)
+        _change(fds, wanted, asker, knob, undo)
         undo.pop_all()
     return wanted
 
 
-def set_found(fds: dict[str, int], value: int, asker: Asker) -> None:
+def set_found(fds: dict[str, int], value: int, asker: Asker, knob: native.Knob) -> None:
     """Take VALUE for what the native knob was found with, in audit: there it is meant for the kernel.
 
     For who has the lock, as :func:`switch`.
@@ -409,7 +543,7 @@ def set_found(fds: dict[str, int], value: int, asker: Asker) -> None:
         raise Failure("the policy is not in audit", "run uffdguard start --audit")
     write(FOUND, str(value))
     with contextlib.ExitStack() as undo:
-        _change(fds, policy, asker, undo)
+        _change(fds, policy, asker, knob, undo)
         undo.pop_all()
 
 
@@ -427,21 +561,24 @@ def stop() -> bool:
             return False
         _mount(undo)
         undo.pop_all()
+        programs: list[int] = []
+        if left:
+            # Without libbpf we do not wait for their end.
+            with contextlib.suppress(Failure), pinned() as found:
+                programs = [program.id for program in found.programs.values()]
+                with contextlib.suppress(OSError, KeyError):
+                    libbpf.store(found.fds["enforcement"], layout.Enforcement, "knob", 0)
         # Without any of these a start was killed before it had changed the knob, or a stop after it had restored it.
         if left or FOUND.exists() or LOADED.exists():
             step("close the native knob")
-            native.write_knob(0)
+            _close_knob()
         step("uncover the native file")
         _end_server()
         native.uncover()
-        programs: list[int] = []
-        if left:
-            with contextlib.suppress(Failure), pinned() as found:  # without libbpf we do not wait
-                programs = [program.id for program in found.programs.values()]
         for path in sorted(left, key=lambda path: PARTS.index(path.name) if path.name in PARTS else -1, reverse=True):
             if path.name in PARTS:
                 step(f"unpin {path.name}")
-            path.unlink()
+            path.unlink(missing_ok=True)
         if left:
             PINS.rmdir()
         libbpf.await_end(programs)
@@ -459,6 +596,19 @@ def stop() -> bool:
         native.unmount(native.PROC)
         native.PROC.rmdir()
         return True
+
+
+def _close_knob() -> None:
+    """Set the native knob to 0, without the guard of sysctls if there is no other way."""
+    end = time.monotonic() + 5
+    while True:
+        try:
+            return native.write_knob(0)
+        except PermissionError:
+            if time.monotonic() > end:
+                raise
+        (PINS / "guard_sysctl").unlink(missing_ok=True)
+        time.sleep(0.02)
 
 
 def _is_armed(found: Pinned) -> bool:

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from uffdguard import fuse, guard, proof, state
 from uffdguard.errors import Failure, one_line
-from uffdguard.kernel import libbpf, native
+from uffdguard.kernel import layout, libbpf, native
 from uffdguard.manager import Manager
 from uffdguard.policy import Mode, Policy, Reason, interface_line
 from uffdguard.proof import Asker, Silence
@@ -155,9 +155,8 @@ def _cover(connection: int) -> None:
 
     :raises Failure: the kernel would name those who write by their numbers in another pid namespace than the policy.
     """
-    from uffdguard.kernel import features  # which the server does without
-
-    features.require(features.namespaces)
+    if not native.in_initial("pid"):
+        raise Failure("not in the initial pid namespace", "run it on the host itself")
     step("cover the native file")
     native.uncover()
     native.cover(connection)
@@ -243,7 +242,7 @@ def serve(connection: int, manager: Manager | None = None) -> NoReturn:
 
     :raises Failure: the policy is damaged or not in force any more, or another server runs.
     """
-    with Asker() as asker:
+    with Asker() as asker, native.Knob() as native_knob:
         # Nothing else may be opened to write soon.
         device = os.open(fuse.DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
         native.drop_capabilities()
@@ -258,8 +257,8 @@ def serve(connection: int, manager: Manager | None = None) -> NoReturn:
             claim(lock)
             os.truncate(lock, 0)
             os.write(lock, b"%d\n" % os.getpid())
-            server = Server(asker)
-            if missing := [part for part in state.PARTS if part not in server.held]:
+            server = Server(asker, native_knob)
+            if missing := [part for part in state.PARTS if part not in server.held and part != "guard_sysctl"]:
                 raise Failure(f"the policy is damaged: not pinned: {', '.join(missing)}", "run uffdguard start")
         server.look()
         step("await the mount")
@@ -280,12 +279,13 @@ def serve(connection: int, manager: Manager | None = None) -> NoReturn:
 class Server:
     """The file, as fuse.File has it; and the watch over the policy."""
 
-    def __init__(self, asker: Asker) -> None:
+    def __init__(self, asker: Asker, native_knob: native.Knob) -> None:
         self.asker = asker
+        self.native_knob = native_knob
         self.words = native.modes()
         self.held: dict[str, int] = {}
-        #: Since when the policy has not answered, in ns since boot; 0: it answers; None: that is not known yet.
-        self.unanswered: int | None = None
+        #: Whether the policy has answered; None: that is not known yet.
+        self.answers: bool | None = None
         #: When that was seen last, by the monotonic clock; None: it was told that this is long ago.
         self.seen: float | None = time.monotonic()
         self.hold()
@@ -370,7 +370,9 @@ class Server:
         """Do so under the lock, with what is pinned now."""
         try:
             self.ask()
-            if self.unanswered != 0:
+            kept = libbpf.read(self.held["enforcement"], layout.Enforcement)
+            # Others who see the policy not answer close the native knob, too.
+            if not self.answers or kept.unanswered_since or kept.knob != state.knob_of(self.current()):
                 self.go_on()
         except Silence as error:
             self.see_nothing(str(error))
@@ -402,33 +404,33 @@ class Server:
 
     def close(self, error: Exception) -> None:
         """Keep the native knob closed while the policy does not refuse, but not where nothing is to be refused."""
-        policy = state.read_policy(self.held["policy"])
-        lets_pass = policy is not None and (policy.audit or policy.mode is Mode.ENABLED)
-        if not lets_pass:
-            step("close the native knob")
-            with contextlib.suppress(OSError):
-                proof.set_knob(self.held, 0)
-        if not self.unanswered:
-            self.note(time.clock_gettime_ns(time.CLOCK_BOOTTIME))
-            result = "stays as it is, for the policy lets all pass" if lets_pass else "is closed"
+        step("close the native knob")
+        closed = True
+        with contextlib.suppress(OSError):
+            closed = proof.close_net(self.held, state.read_policy(self.held["policy"]), self.native_knob)
+        if self.answers is not False:
+            result = "is closed" if closed else "stays as it is, for the policy lets all pass"
             log.critical("the policy does not refuse any more, and the native knob %s: %s", result, error)
+        self.note(False)
 
     def go_on(self) -> None:
         """Let the native knob be what is due, now that the policy answers; another server may have closed it.
 
         :raises Failure: it does not answer after all.
         """
-        step("switch to the mode that is set")
-        guard.switch(self.held, self.current().mode, self.asker)
-        if self.unanswered:
-            log.warning("the policy refuses again, and the native knob is %d", native.read_knob())
-        self.note(0)
+        policy = self.current()
+        if self.native_knob.read() != state.knob_of(policy):
+            step("switch to the mode that is set")
+            guard.switch(self.held, policy.mode, self.asker, self.native_knob)
+        if self.answers is not None:
+            log.warning("the policy refuses again, and the native knob is %d", self.native_knob.read())
+        self.note(True)
 
-    def note(self, since: int) -> None:
-        """Remember since when the policy has not answered, in ns since boot; 0: it answers."""
-        self.unanswered = since
+    def note(self, answers: bool) -> None:
+        """Remember whether the policy has answered, and leave that for others."""
+        self.answers = answers
         with contextlib.suppress(OSError):
-            proof.record(self.held, since)
+            proof.record(self.held, answers=answers)
 
     def current(self) -> Policy:
         """Return the policy that is set.
@@ -457,7 +459,7 @@ class Server:
         """Switch the mode before write(2) returns; EINVAL for what is none of the words."""
         number = data.strip(b" \t\n") in (b"0", b"1") and len(data) <= LONGEST
         if number and not offset and self.current().audit:
-            self.change(lambda: guard.set_found(self.held, int(data), self.asker))
+            self.change(lambda: guard.set_found(self.held, int(data), self.asker, self.native_knob))
             return
         try:
             if offset:
@@ -467,7 +469,7 @@ class Server:
             words = ", ".join(self.words)
             log.warning("refused to write %r, which is none of %s: %s", data[:LONGEST], words, _who(thread))
             raise OSError(errno.EINVAL, "none of the words") from None
-        self.change(lambda: guard.switch(self.held, mode, self.asker))
+        self.change(lambda: guard.switch(self.held, mode, self.asker, self.native_knob))
         if self.current().audit:
             log.warning("mode %s in audit: refusals are counted and told, and let pass: %s", mode, _who(thread))
 

@@ -1,4 +1,8 @@
-"""See the policy answer: nothing is trusted that was not seen to refuse."""
+"""See the policy answer: nothing is trusted that was not seen to refuse.
+
+An answer other than the right one means that the policy is not in force. No answer at all, :class:`Silence`, means
+that nothing is known, and nothing follows from it.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,15 @@ import errno
 import os
 import signal
 import socket
+import time
 
 from uffdguard.errors import Failure
 from uffdguard.kernel import layout, libbpf, native, probe
-from uffdguard.policy import Reason, Request
+from uffdguard.policy import Mode, Policy, Reason, Request
 
 
 class Silence(Failure):
-    """The trial child does not answer: nothing is known of the policy."""
+    """The policy could not be asked: nothing is known of it."""
 
 
 class Asker:
@@ -113,11 +118,17 @@ class Asker:
         answer = self._answer(b"s" if by_syscall else b"d")
         seen = libbpf.read(witness, layout.Witness)
         libbpf.store(witness, layout.Witness, "tgid", 0)
+        if seen.decisions != 1 and answer:
+            # A seccomp filter, another security module or a lack of memory may have come first.
+            raise Silence(
+                f"the policy could not be asked: a trial process got {os.strerror(answer)}, and not from the policy",
+                "see what else restricts this process, e.g. a seccomp filter",
+            )
         if seen.decisions != 1:
             raise Failure(
-                f"the policy does not answer: a trial process was {'refused' if answer else 'allowed'} a userfaultfd"
+                f"the policy does not answer: a trial process was allowed a userfaultfd"
                 f" and {seen.decisions} decisions were recorded",
-                "nothing was put in force; is bpf among the LSMs of this kernel? see uffdguard doctor",
+                silence_hint(),
             )
         reason = layout.REASONS[seen.reason]
         refusal = errno.EACCES if strict else errno.EPERM
@@ -129,13 +140,63 @@ class Asker:
             )
 
 
-def record(held: dict[str, int], since: int) -> None:
-    """Leave for others since when the policy has not answered, in ns since boot; 0: it answers."""
+def silence_hint() -> str:
+    """Return what to do about a policy that does not answer."""
+    if native.read_ftrace() == 0:
+        return "kernel.ftrace_enabled is 0, and then no BPF trampoline runs: set it to 1 and take it out of sysctl.d"
+    return "is bpf among the LSMs of this kernel? see uffdguard doctor"
 
 
-def set_knob(held: dict[str, int], value: int) -> None:
-    """Set the native knob while a policy is in force.
+def ask_guard(witness: int, knob: native.Knob) -> None:
+    """See the guard of sysctls refuse a write of the native knob that changes nothing in any case.
 
-    :raises OSError: the kernel refused.
+    :param witness: the descriptor of the loaded programs' ``witness`` map.
+    :raises Failure: it is not there, or another load's refused.
     """
-    native.write_knob(value)
+    before = libbpf.read(witness, layout.Witness).questions
+    try:
+        knob.write("?")
+    except OSError as error:
+        refused = error.errno == errno.EPERM
+    else:
+        refused = False
+    if not refused or libbpf.read(witness, layout.Witness).questions == before:
+        raise Failure(
+            "the guard of sysctls does not answer: whoever may write kernel.ftrace_enabled can end the policy",
+            "run uffdguard start",
+        )
+
+
+def set_knob(fds: dict[str, int], value: int, knob: native.Knob) -> None:
+    """Set the native knob, and let the guard of sysctls refuse any other value.
+
+    :param fds: descriptors of the maps in force, by name.
+    :raises OSError: the kernel or a guard refused.
+    """
+    if "enforcement" in fds:
+        libbpf.store(fds["enforcement"], layout.Enforcement, "knob", value)
+    knob.write(value)
+
+
+def record(fds: dict[str, int], *, answers: bool) -> None:
+    """Leave a note for all who look that the policy was seen to answer, or not to.
+
+    :raises OSError: the note cannot be written.
+    """
+    since = libbpf.read(fds["enforcement"], layout.Enforcement).unanswered_since
+    if answers == bool(since):
+        now = 0 if answers else time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+        libbpf.store(fds["enforcement"], layout.Enforcement, "unanswered_since", now)
+
+
+def close_net(fds: dict[str, int], policy: Policy | None, knob: native.Knob) -> bool:
+    """Close the native knob below a policy that does not answer; return whether it was.
+
+    In audit and in mode ``enabled`` it would refuse what the setting lets pass, and stays as it is.
+
+    :raises OSError: the kernel or a guard refused.
+    """
+    if policy and (policy.audit or policy.mode is Mode.ENABLED):
+        return False
+    set_knob(fds, 0, knob)
+    return True

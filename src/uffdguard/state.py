@@ -19,6 +19,7 @@ from typing import Literal, NamedTuple
 from uffdguard.errors import Failure
 from uffdguard.kernel import layout, libbpf, native
 from uffdguard.policy import Mode, Policy, Reason
+from uffdguard.steps import log
 
 PINS = native.BPFFS / "uffdguard"
 #: The native knob as it was found at the first start: written once, removed by stop.
@@ -28,18 +29,22 @@ LOADED = native.RUN / "object"
 #: The server of the interface file holds a lock on this; it has its pid.
 SERVER = native.RUN / "knob"
 
+#: What the configuration said of audit at the last start: ``enforce`` or ``audit``.
+CONFIGURED = native.RUN / "configured"
+
 #: Each link is pinned under the name of its program; with the maps that its program uses.
 LINKS: dict[str, set[str]] = {
-    "administrators": set(),
     "grant": {"grants", "counts"},
     "forget": {"grants", "counts"},
+    "administrators": set(),
+    "guard_sysctl": {"counts", "policy", "witness", "events", "watching", "enforcement"},
     "decide": {"grants", "counts", "policy", "witness", "events", "watching"},
 }
 #: Pinned themselves, to be attached while the native knob is 0: then their links are pinned too, see :func:`link_of`.
 COUNTERS = {name: {"grants", "counts", "policy", "witness", "events", "watching"} for name in ("native", "native32")}
 USES = LINKS | COUNTERS
 #: The order of pinning: ``decide`` last, so that who finds it finds all the others too.
-PARTS = ("grants", "counts", "policy", "witness", "events", "watching", *COUNTERS, *LINKS)
+PARTS = ("grants", "counts", "policy", "witness", "events", "watching", "enforcement", *COUNTERS, *LINKS)
 
 
 def link_of(counter: str) -> str:
@@ -71,15 +76,22 @@ class Pinned:
         self.problems: list[str] = []
         #: Whether the refusals of the native knob are counted.
         self.counts_native = False
+        #: Whether this kernel can guard sysctls, as far as it matters: where the guard is pinned it can.
+        self.can_guard = True
 
     def has(self, *links: str) -> bool:
         """Tell whether these links are pinned, and use the maps in ``fds``."""
         return all(link in self.programs for link in links)
 
     @property
+    def skipped(self) -> int:
+        """How many times the kernel has skipped a program of ours."""
+        return sum(program.recursion_misses for program in self.programs.values())
+
+    @property
     def complete(self) -> bool:
         """Whether everything is there and belongs together."""
-        return self.has(*USES) and not self.problems
+        return bool(self.pins) and not self.problems
 
     def policy(self) -> Policy | None:
         """Return the policy that is set, or None when its map is not there or says nothing known."""
@@ -158,6 +170,9 @@ def pinned() -> Iterator[Pinned]:
             try:
                 fd = found.fds[part] = libbpf.get(PINS / part)
             except OSError as error:
+                if part == "guard_sysctl" and found.pins and not _can_guard():
+                    found.can_guard = False
+                    continue
                 found.problems.append(f"{part} is not pinned ({os.strerror(error.errno or 0)})")
                 continue
             stack.callback(os.close, fd)
@@ -168,7 +183,7 @@ def pinned() -> Iterator[Pinned]:
                 program = libbpf.program_of_link(fd) if part in LINKS else libbpf.info(fd, libbpf.ProgramInfo)
                 if program.name.decode() != part:
                     raise OSError(errno.EINVAL, "")
-                maps = libbpf.maps_of(program, {layout.map_name(name): name for name in USES[part]})
+                maps = libbpf.maps_of(program, {layout.map_name(name)[:15]: name for name in USES[part]})
             except OSError as error:
                 kind = "link" if part in LINKS else "program"
                 found.problems.append(f"{part} is not a {kind} of ours ({os.strerror(error.errno or 0)})")
@@ -177,9 +192,11 @@ def pinned() -> Iterator[Pinned]:
                 stack.callback(os.close, fd)
             found.programs[part] = program
             used[part] = maps
-        for name, fd in used.get("decide", {}).items():
+        guarded = {name: fd for name, fd in used.get("guard_sysctl", {}).items() if name == "enforcement"}
+        for name, fd in (guarded | used.get("decide", {})).items():
             if name in found.pins and not libbpf.same_map(fd, found.fds[name]):
-                found.problems.append(f"decide does not use the pinned {name}")
+                user = "guard_sysctl" if name in guarded else "decide"
+                found.problems.append(f"{user} does not use the pinned {name}")
             found.fds[name] = fd
         for link, maps in used.items():
             strange = [name for name in USES[link] if not libbpf.same_map(maps.get(name), found.fds.get(name))]
@@ -188,6 +205,12 @@ def pinned() -> Iterator[Pinned]:
                 del found.programs[link]
         found.counts_native = "native" in found.programs and is_counting("native", found.programs["native"])
         yield found
+
+
+def _can_guard() -> bool:
+    from uffdguard.kernel import features
+
+    return features.has_sysctl_guard()
 
 
 def not_in_force() -> Failure:
@@ -220,7 +243,8 @@ Interface = Literal["native", "served", "dead"]
 class Status(NamedTuple):
     """How things stand. The names are those of ``status --json``."""
 
-    in_force: bool
+    in_force: bool  # it was asked, and answered
+    reason: str | None  # why it is not in force
     mode: Mode | None
     user_mode_only: bool | None
     audit: bool | None  # refusals are counted and told, and let pass
@@ -242,21 +266,58 @@ class Status(NamedTuple):
     problems: list[str]
 
 
+def ask(found: Pinned, policy: Policy | None) -> str | None:
+    """Ask what is pinned whether it decides, and return None if it does, else the reason for the doubt.
+
+    Where it does not, the native knob is closed if that protects: :func:`uffdguard.proof.close_net`.
+    """
+    from uffdguard import proof
+    from uffdguard.guard import locked
+
+    if not native.in_initial("pid"):
+        return "it cannot be asked from another pid namespace"
+    try:
+        with locked(), proof.Asker() as asker:
+            try:
+                asker.ask(found.fds["witness"], Reason.DISABLED, strict=True)
+            except proof.Silence:
+                raise
+            except Failure as error:
+                log.debug("close the native knob")
+                with native.Knob() as knob:
+                    proof.record(found.fds, answers=False)
+                    closed = proof.close_net(found.fds, policy, knob)
+                return f"{error}{'; the native knob is closed' if closed else ''}"
+            proof.record(found.fds, answers=True)
+    except (Failure, OSError, KeyError) as error:
+        return f"it could not be asked: {error}"
+    return None
+
+
 def status() -> Status:
-    """Find out how things stand. Changes nothing."""
+    """Find out how things stand; ask the policy. Changes nothing but the native knob below one that does not answer."""
     native.need_root("can see the state of the policy")
     with pinned() as found:
         policy = found.policy() if found.has("decide") else None
-        counts = witness = None
+        # What was left by a trial that was killed; to ask is a trial of its own.
+        trial = _trial(found)
+        reason = ask(found, policy) if policy else "it is not pinned" if found.pins else None
+        counts = kept = None
         with contextlib.suppress(OSError, KeyError):
             counts = libbpf.read(found.fds["counts"], layout.Counts).total()
-            witness = libbpf.read(found.fds["witness"], layout.Witness)
+            kept = libbpf.read(found.fds["enforcement"], layout.Enforcement)
         # Without our procfs, and with the file in /proc covered, there is no way to it.
         knob = native.read_knob() if native.PROC.is_mount() or not native.is_covered() else None
         left = bool(found.pins) or bool(foreign_pins()) or FOUND.exists() or LOADED.exists()
         problems = list(found.problems) if left else []
         due = knob_of(policy) if policy else None
         drift = policy is not None and knob not in (due, None)
+        if policy and reason:
+            problems.append(reason)
+        if policy and not found.can_guard:
+            problems.append("this kernel cannot guard sysctls (CONFIG_CGROUP_BPF): ftrace_enabled=0 ends the policy")
+        if policy and native.read_ftrace() == 0:
+            problems.append("kernel.ftrace_enabled is 0, and then no BPF trampoline runs")
         if policy and drift:
             problems.append(
                 f"the native knob is {knob} and not {due}: "
@@ -268,11 +329,14 @@ def status() -> Status:
             problems.append("the refusals of the native knob are not counted" if due == 0 else "a counter is left over")
         if policy and not LOADED.exists():
             problems.append("the last start did not come to its end")
-        if policy and (counts is None or witness is None):
+        if policy and (counts is None or kept is None):
             problems.append("the counts are those of another version of uffdguard")
-        # The child of a trial that goes on is there; that of one that was killed has ended with it.
-        if witness and witness.tgid and not _runs(witness.tgid):
-            problems.append(f"the last trial of the policy did not come to its end: pid {witness.tgid} was its child")
+        if trial:
+            problems.append(f"the last trial of the policy did not come to its end: pid {trial} was its child")
+        if kept and found.skipped > kept.skips_seen:
+            problems.append(f"hooks were skipped {found.skipped - kept.skips_seen} times since the last start")
+        if counts and kept and counts.lost > kept.lost_seen:
+            problems.append(f"{counts.lost - kept.lost_seen} grants were lost since the last start")
         if policy and not native.PROC.is_mount():
             problems.append(f"no procfs is mounted on {native.PROC}")
         if policy and not FOUND.exists():
@@ -283,7 +347,8 @@ def status() -> Status:
         counts = counts or layout.Tally()
         decisions = counts.by_reason()
         return Status(
-            in_force=policy is not None,
+            in_force=policy is not None and reason is None,
+            reason=reason,
             mode=policy.mode if policy else None,
             user_mode_only=policy.user_mode_only if policy else None,
             audit=policy.audit if policy else None,
@@ -292,7 +357,7 @@ def status() -> Status:
             native_knob=knob,
             drift=drift,
             pins={part: part in found.pins for part in PARTS},
-            skipped=sum(program.recursion_misses for program in found.programs.values()),
+            skipped=found.skipped,
             lost=counts.lost,
             interface=interface,
             grants=max(0, counts.grants),  # below 0: one came and went between the looks at two tallies
@@ -304,6 +369,14 @@ def status() -> Status:
             suppressed=counts.suppressed,
             problems=problems,
         )
+
+
+def _trial(found: Pinned) -> int | None:
+    """Return the pid of the child of a trial that was killed; that of one that goes on is there."""
+    with contextlib.suppress(OSError, KeyError):
+        pid = int(libbpf.read(found.fds["witness"], layout.Witness).tgid)
+        return None if not pid or _runs(pid) else pid
+    return None
 
 
 def _runs(pid: int) -> bool:

@@ -186,6 +186,7 @@ def interface(data: bytes) -> None:
     server = object.__new__(knob.Server)
     server.words = tuple(Mode) if kvm else (Mode.DISABLED, Mode.ENABLED)
     server.held, server.asker = {"administrators": 0}, SimpleNamespace()  # type: ignore[assignment]
+    server.native_knob = SimpleNamespace()  # type: ignore[assignment]
     asked: list[Mode | int] = []
     lines: list[str] = []
     log = SimpleNamespace(warning=lambda text, *values: lines.append(text % values))
@@ -199,8 +200,8 @@ def interface(data: bytes) -> None:
         replaced(
             guard,
             locked=contextlib.nullcontext,
-            switch=lambda held, mode, asker: asked.append(mode),
-            set_found=lambda held, value, asker: asked.append(value),
+            switch=lambda held, mode, asker, knob: asked.append(mode),
+            set_found=lambda held, value, asker, knob: asked.append(value),
         ),
         replaced(knob, log=log),
         replaced(
@@ -257,6 +258,7 @@ def protocol(data: bytes) -> None:
 
 STATUS = state.Status(
     in_force=True,
+    reason=None,
     mode=Mode.KVM,
     user_mode_only=False,
     audit=False,
@@ -294,7 +296,7 @@ REPORT = report.Report(user_mode_only=False)
 REPORT.add(b"damaged")
 #: What each verb does, at the boundary below which something is asked or changed; with its result.
 EFFECTS: dict[tuple[object, str], object] = {
-    (guard, "start"): False,
+    (guard, "start"): guard.Started(False, None, Policy()),
     (guard, "stop"): False,
     (guard, "set_mode"): Policy(Mode.KVM),
     (state, "status"): STATUS,

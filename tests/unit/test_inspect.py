@@ -20,7 +20,7 @@ from uffdguard import cli, inspect
 from uffdguard.cli import render
 from uffdguard.errors import Failure
 from uffdguard.inspect import Setting, Subject, Verdict, control_group, unit
-from uffdguard.kernel import execve, features, layout, libbpf, native
+from uffdguard.kernel import execve, layout, libbpf, native
 from uffdguard.kernel.execve import Caller, FileCapabilities, Program
 from uffdguard.policy import Mode, Policy, Request, decide
 
@@ -277,7 +277,7 @@ def test_a_command_with_a_hostile_name_in_a_user_namespace(
     hostile.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(inspect, "visible_setting", lambda: Setting(Policy(Mode.KVM), None, option=False))
-    monkeypatch.setattr(features, "in_initial", lambda kind: False)
+    monkeypatch.setattr(native, "in_initial", lambda kind: False)
     with pytest.raises(SystemExit) as end:
         cli.main(["check", "--json", "--", "a\x1b"])
     answer = json.loads(capsys.readouterr().out)

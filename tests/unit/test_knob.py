@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from uffdguard import guard, knob, proof, state
 from uffdguard.errors import Failure
-from uffdguard.kernel import libbpf, native
+from uffdguard.kernel import layout, libbpf, native
 from uffdguard.knob import LONGEST, parse
 from uffdguard.policy import Mode, Policy
 from uffdguard.proof import Asker, Silence
@@ -104,11 +104,12 @@ class Watch:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, policy: Policy | None) -> None:
         self.error: Exception | None = None
+        self.enforcement = layout.Enforcement(knob=1)
         self.knobs: list[int] = []
-        self.records: list[int] = []
+        self.records: list[bool] = []
         self.logged: list[str] = []
-        self.server = server(policy=0, witness=0)
-        self.server.unanswered = None
+        self.server = server(policy=0, witness=0, enforcement=0)
+        self.server.answers = None
         self.server.seen = time.monotonic()
 
         def locked(*, wait: bool) -> contextlib.AbstractContextManager[None]:
@@ -121,18 +122,24 @@ class Watch:
                 raise self.error
 
         monkeypatch.setattr(guard, "locked", locked)
-        monkeypatch.setattr(guard, "switch", lambda held, mode, asker: self.knobs.append(9))
+        monkeypatch.setattr(guard, "switch", lambda held, mode, asker, knob: self.set(1))
         monkeypatch.setattr(state, "read_policy", lambda fd: policy)
-        monkeypatch.setattr(native, "read_knob", lambda: 9)
-        monkeypatch.setattr(proof, "set_knob", lambda held, value: self.knobs.append(value))
-        monkeypatch.setattr(proof, "record", lambda held, since: self.records.append(since))
+        monkeypatch.setattr(state, "knob_of", lambda policy: 1)
+        monkeypatch.setattr(libbpf, "read", lambda fd, kind: self.enforcement)
+        monkeypatch.setattr(proof, "set_knob", lambda held, value, knob: self.set(value))
+        monkeypatch.setattr(proof, "record", lambda held, answers: self.records.append(answers))
         for name, value in (("hold", lambda server: None), ("ask", ask)):
             monkeypatch.setattr(knob.Server, name, value)
         self.server.asker = None  # type: ignore[assignment]
+        self.server.native_knob = SimpleNamespace(read=lambda: self.enforcement.knob)  # type: ignore[assignment]
         log = SimpleNamespace(
             debug=lambda *text: None, **dict.fromkeys(("warning", "error", "critical"), self.remember)
         )
         monkeypatch.setattr(knob, "log", log)
+
+    def set(self, value: int) -> None:
+        self.enforcement.knob = value
+        self.knobs.append(value)
 
     def remember(self, text: str, *values: object) -> None:
         self.logged.append(text % values)
@@ -154,15 +161,15 @@ def test_the_watch_keeps_the_knob_closed_while_the_policy_does_not_answer_and_se
         watch.look(SILENT)
     assert watch.knobs == [0, 0, 0]
     assert watch.logged == [f"the policy does not refuse any more, and the native knob is closed: {SILENT}"]
-    assert watch.server.unanswered == watch.records[0] > 0
+    assert watch.records == [False] * 3
     if policy:
         watch.look()
         watch.look()
-        assert watch.knobs[3:] == [9]
-        assert watch.logged[1:] == ["the policy refuses again, and the native knob is 9"]
-        assert watch.records[1:] == [0]
+        assert watch.knobs[3:] == [1]
+        assert watch.logged[1:] == ["the policy refuses again, and the native knob is 1"]
+        assert watch.records[3:] == [True]
         watch.look(SILENT)
-        assert (watch.knobs[4:], len(watch.records), len(watch.logged)) == ([0], 3, 3)
+        assert (watch.knobs[4:], len(watch.logged)) == ([0], 3)
 
 
 @pytest.mark.parametrize("policy", [Policy(Mode.ENABLED), Policy(Mode.KVM, audit=True)])
@@ -174,7 +181,7 @@ def test_the_watch_closes_nothing_where_all_are_let_pass(monkeypatch: pytest.Mon
     (line,) = watch.logged
     assert line.startswith("the policy does not refuse any more, and the native knob stays as it is, for the policy")
     watch.look()
-    assert watch.logged[1:] == ["the policy refuses again, and the native knob is 9"]
+    assert watch.logged[1:] == ["the policy refuses again, and the native knob is 1"]
 
 
 @pytest.mark.parametrize("error", [Silence("no memory", ""), BlockingIOError()])
@@ -190,7 +197,16 @@ def test_the_watch_closes_nothing_where_nothing_is_known_and_tells_so_after_a_wh
     assert (watch.knobs, len(watch.logged), watch.records) == ([], 1, [])
     assert watch.logged[0].startswith("it cannot be seen whether the policy refuses: ")
     watch.look()
-    assert watch.knobs == [9]
+    assert (watch.knobs, watch.records) == ([], [True])
+
+
+def test_the_watch_opens_again_what_another_has_closed_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch, Policy(Mode.KVM))
+    watch.look()
+    watch.enforcement.knob, watch.enforcement.unanswered_since = 0, 1234
+    watch.look()
+    assert (watch.knobs, watch.records) == ([1], [True] * 2)
+    assert watch.logged == ["the policy refuses again, and the native knob is 1"]
 
 
 def test_a_server_begins_while_others_look_whether_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from inside import USER, uffdguard
+from inside import USER, force_knob, uffdguard
 
 from uffdguard import config, state
 from uffdguard.kernel import features, libbpf, native
@@ -90,7 +90,7 @@ def test_status_as_text_exits_with_0_only_when_all_is_well(in_force: Callable[..
     outcome = uffdguard("status")
     assert outcome.status == 0
     assert re.search(r"^policy +in force since \S+$", outcome.out, re.MULTILINE)
-    native.write_knob(0)
+    force_knob(0)
     outcome = uffdguard("status")
     assert outcome.status == 1
     assert "the native knob is 0 and not 1: processes that the mode allows are refused" in outcome.out

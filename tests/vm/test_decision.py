@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
-from inside import actor, waiting_actor
+from inside import actor, force_knob, waiting_actor
 
 from uffdguard import state
 from uffdguard.kernel import layout, libbpf, native
@@ -58,7 +58,7 @@ class TestDisabled:
         assert refused(answers)
 
     def test_refuses_by_our_own_hook_also_when_the_native_knob_is_open(self) -> None:
-        native.write_knob(1)
+        force_knob(1)
         assert refused(actor(*ALL))
 
 
@@ -195,13 +195,13 @@ class TestPrivilege:
     @pytest.mark.parametrize("mode", [Mode.DISABLED, Mode.KVM])
     def test_root_without_the_capability_is_refused(self, in_force: Callable[..., None], mode: Mode) -> None:
         in_force(mode)
-        native.write_knob(1)  # so that our hook is what is asked
+        force_knob(1)  # so that our hook is what is asked
         assert refused(actor("drop-ptrace", *ALL, user=0))
 
     @pytest.mark.parametrize("mode", [Mode.DISABLED, Mode.KVM])
     def test_root_of_a_user_namespace_is_refused(self, in_force: Callable[..., None], mode: Mode) -> None:
         in_force(mode)
-        native.write_knob(1)  # so that our hook is what is asked
+        force_knob(1)  # so that our hook is what is asked
         assert refused(actor("unshare-user", *ALL))
         assert refused(actor("unshare-user", "syscall", "int80", user=0))
 
@@ -218,7 +218,7 @@ class TestUserModeOnly:
         self, in_force: Callable[..., None], mode: Mode
     ) -> None:
         in_force(mode, user_mode_only=True)
-        native.write_knob(1)  # so that our hook is what is asked
+        force_knob(1)  # so that our hook is what is asked
         misleading = [f"{way}-misleading" for way in ("syscall", "int80", "device-int80")]
         assert refused(actor(*misleading, "device-misleading"))
         assert allowed(actor("syscall-misleading:1", "int80-misleading:1", "device-misleading:1"))

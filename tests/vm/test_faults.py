@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from inside import USER, actor, forked, hold_maps_only, uffdguard, until, waiting_actor
+from inside import USER, actor, force_knob, forked, hold_maps_only, uffdguard, until, waiting_actor
 
 from uffdguard import guard, knob, state
 from uffdguard.errors import Failure
@@ -41,7 +41,7 @@ def ways(*steps: str) -> set[str]:
 
 
 def start(mode: str | None = None) -> bool:
-    return guard.start(Policy(), Mode(mode) if mode else None)
+    return guard.start(Policy(), Mode(mode) if mode else None).changed
 
 
 def names(*problems: str) -> bool:
@@ -325,7 +325,7 @@ def test_a_native_knob_that_somebody_else_writes_while_it_is_served_is_named_and
     mode: str, value: int, serving: Callable[[str], int]
 ) -> None:
     serving(mode)
-    native.write_knob(value)
+    force_knob(value)
     why = "the net below the policy is open" if value else "processes that the mode allows are refused"
     assert names(f"the native knob is {value} and not {1 - value}: {why}")
     assert ways() == NOTHING

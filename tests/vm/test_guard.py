@@ -300,9 +300,9 @@ def test_the_policy_decides_with_no_process_of_ours_alive() -> None:
 
 def test_start_again_does_nothing_and_keeps_the_mode() -> None:
     start("kvm")()
-    assert guard.start(Policy(Mode.ENABLED), None) is False
+    assert guard.start(Policy(Mode.ENABLED), None).changed is False
     assert state.current_policy().mode is Mode.KVM
-    assert guard.start(Policy(), Mode.ENABLED) is True
+    assert guard.start(Policy(), Mode.ENABLED).changed is True
     assert state.current_policy().mode is Mode.ENABLED
 
 
@@ -311,7 +311,7 @@ def test_start_mends_a_native_knob_that_somebody_changed() -> None:
     Path("/proc", native.KNOB).write_text("1\n")
     assert state.status().drift
     assert open_ways() == NOTHING
-    assert guard.start(Policy(), None) is True
+    assert guard.start(Policy(), None).changed is True
     assert knob() == 0
     assert not state.status().drift
 
@@ -403,7 +403,7 @@ def test_a_trial_that_was_killed_is_named_and_mended() -> None:
     assert os.WTERMSIG(os.waitpid(forked(killed_while_asking), 0)[1]) == signal.SIGKILL
     until(lambda: state.status().problems)  # its child ends with it
     assert "the last trial of the policy did not come to its end" in state.status().problems[0]
-    assert guard.start(Policy(), None) is True
+    assert guard.start(Policy(), None).changed is True
     assert not state.status().problems
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis.stateful import invariant
-from inside import ACTOR, USER, actor, family, forked, uffdguard, waiting_actor
+from inside import ACTOR, USER, actor, family, force_knob, forked, uffdguard, waiting_actor
 from vm.test_model import USERFAULTFD_IOC_NEW, Model, run, subjects
 
 from uffdguard import inspect, state
@@ -279,7 +279,7 @@ class TestCheck:
 
     def test_names_a_native_knob_that_does_not_fit(self, in_force: Callable[..., None]) -> None:
         in_force("enabled")
-        native.write_knob(0)
+        force_knob(0)
         with paused(lambda: None) as pid:
             answer = check(pid)
         assert (answer.allowed, answer.reason) == (False, "native")

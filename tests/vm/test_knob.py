@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from inside import USER, actor, forked, hold_maps_only, uffdguard, until
+from inside import USER, actor, force_knob, forked, hold_maps_only, uffdguard, until
 
 from uffdguard import cli, config, guard, knob, state
 from uffdguard.kernel import native
@@ -292,7 +292,7 @@ def test_the_native_file_is_seen_again_when_the_command_is_ended(serving: int, n
 
 def test_a_server_mends_a_native_knob_that_was_closed(in_force: Callable[..., None], log: Path) -> None:
     in_force("kvm")
-    native.write_knob(0)
+    force_knob(0)
     pid = forked(lambda: uffdguard_knob(log))
     until(lambda: NATIVE.fullmatch(FILE.read_text()) is None)
     assert Path(native.PROC, native.KNOB).read_text() == "1\n"

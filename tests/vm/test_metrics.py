@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING
 
 import prometheus
 import pytest
-from inside import actor, uffdguard, until, waiting_actor
+from inside import actor, force_knob, uffdguard, until, waiting_actor
 
 from uffdguard import state
-from uffdguard.kernel import native
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -59,11 +58,11 @@ def test_drift_and_damage_are_seen_and_alert(in_force: Callable[..., None], scra
     in_force("kvm")
     actor("syscall")
     until(lambda: scraper.query("sum(uffdguard_decisions_total)") == {(): 1} and not alerts())
-    native.write_knob(0)
+    force_knob(0)
     until(lambda: scraper.query("uffdguard_drift") == {(): 1})
     assert scraper.query("uffdguard_problems") == {(): 1}
     until(lambda: alerts() == {"UffdguardDrift"})
-    native.write_knob(1)
+    force_knob(1)
     until(lambda: not alerts())
     (state.PINS / "decide").unlink()
     until(lambda: scraper.query("uffdguard_in_force") == {(): 0})

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.option(
     "--audit/--enforce",
     default=None,
-    help="Count and tell refusals, and let them pass; or carry them out. Whatever the configuration files say.",
+    help="Count and report refusals and let them pass, or carry them out, until it is said otherwise.",
 )
 def command(mode: Mode | None, audit: bool | None) -> None:
     """Put the policy in force.
@@ -32,8 +32,10 @@ def command(mode: Mode | None, audit: bool | None) -> None:
     from uffdguard.cli import render
 
     configured = config.load()
-    policy = configured.policy if audit is None else configured.policy._replace(audit=audit)
-    if not guard.start(policy, mode, events_per_second=configured.events_per_second):
+    done = guard.start(configured.policy, mode, audit=audit, events_per_second=configured.events_per_second)
+    if not done.changed:
         click.echo("already in force; nothing to do")
-    if policy.audit:
+    if done.before and done.before.audit and not done.policy.audit:
+        click.echo("audit has ended: refusals are carried out")
+    if done.policy.audit:
         render.warn_of_audit()

@@ -21,8 +21,8 @@ SECURITYFS = Path("/sys/kernel/security")
 HOOK = "inode_init_security_anon"
 #: The oldest kernel that is tried; the hook is there since 5.12, /dev/userfaultfd since 6.1.
 OLDEST = (6, 1)
-#: include/linux/proc_ns.h: the initial namespaces have fixed inode numbers.
-INITIAL_NAMESPACES = {"user": 0xEFFFFFFD, "pid": 0xEFFFFFFC}
+
+CGROUP_ROOT_INODE = 1  # kernel/cgroup/cgroup.c: the root's kernfs id
 
 State = Literal["ok", "warning", "missing"]
 
@@ -73,15 +73,10 @@ def privileges() -> Row:
     return Row("privileges", "ok", "root")
 
 
-def in_initial(kind: str) -> bool:
-    """Tell whether this process is in the initial user or pid namespace."""
-    return Path(f"/proc/self/ns/{kind}").stat().st_ino == INITIAL_NAMESPACES[kind]
-
-
 def namespaces() -> Row:
     """Tell whether this process is where all that there is can be seen."""
-    for kind in INITIAL_NAMESPACES:
-        if not in_initial(kind):
+    for kind in native.INITIAL_NAMESPACES:
+        if not native.in_initial(kind):
             return Row("namespaces", "missing", f"not in the initial {kind} namespace", "run it on the host itself")
     # Only root may look; others are told by the row above.
     with contextlib.suppress(OSError):
@@ -160,6 +155,38 @@ def _lockdown() -> Row:
     if level == "confidentiality":
         return Row("lockdown", "missing", level, "boot with lockdown=integrity or none: BPF may read no memory now")
     return Row("lockdown", "ok", level)
+
+
+def has_sysctl_guard() -> bool:
+    """Tell whether this kernel runs BPF programs that see sysctls being written, CONFIG_CGROUP_BPF."""
+    return libbpf.kernel_has_function("__cgroup_bpf_run_filter_sysctl")
+
+
+@contextlib.contextmanager
+def cgroup_root() -> Iterator[int]:
+    """Give a descriptor of the root of the default hierarchy of control groups, cgroups(7).
+
+    A further mount of it, also a detached one, would take ``nsdelegate`` and ``memory_recursiveprot`` from the one that
+    the service manager has made; so one is made only where there is none.
+
+    :raises OSError: it is nowhere to be had.
+    """
+    fd = None
+    for line in native.MOUNTS.read_bytes().split(b"\n")[:-1]:
+        words = line.split(b" ")
+        if words[3] == b"/" and words[words.index(b"-", 6) + 1] == b"cgroup2":
+            place = words[4].decode("unicode_escape").encode("latin-1")
+            fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            if os.fstat(fd).st_ino == CGROUP_ROOT_INODE:  # not that of a cgroup namespace, or what covers it
+                break
+            os.close(fd)
+            fd = None
+    if fd is None:
+        fd = native.detached("cgroup2")
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def _bpffs() -> Row:

@@ -387,6 +387,8 @@ def attach_fexit(program: int) -> int:
 def maps_of(program: ProgramInfo, names: dict[str, str]) -> dict[str, int]:
     """Return descriptors of the maps that a program uses, under the NAMES that its object's names stand for.
 
+    :param names: by the names that the kernel has: their first 15 characters, BPF_OBJ_NAME_LEN.
+
     :raises OSError: EPERM without CAP_SYS_ADMIN.
     """
     fd = _call("bpf_prog_get_fd_by_id", program.id)

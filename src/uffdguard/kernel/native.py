@@ -25,6 +25,7 @@ KNOB = "sys/vm/unprivileged_userfaultfd"
 #: The file of the native knob as everybody sees it, and what the mount table calls a file of ours that covers it.
 FILE = Path("/proc", KNOB)
 COVER = "fuse.uffdguard"
+FTRACE = Path("/proc/sys/kernel/ftrace_enabled")
 BPFFS = Path("/sys/fs/bpf")
 MOUNTS = Path("/proc/self/mountinfo")
 
@@ -34,6 +35,9 @@ DEV_USERFAULTFD = Path("/dev/userfaultfd")
 #: The module that has the driver of /dev/kvm; there too when it is built in.
 LOADED_KVM = Path("/sys/module/kvm")
 MODULES = Path("/lib/modules")
+
+#: include/linux/proc_ns.h: the initial namespaces have fixed inode numbers.
+INITIAL_NAMESPACES = {"user": 0xEFFFFFFD, "pid": 0xEFFFFFFC}
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
 BPF_FS_MAGIC = 0xCAFE4A11  # include/uapi/linux/magic.h
@@ -53,6 +57,28 @@ def mount(kind: str, where: Path) -> None:
     options = b"mode=0700" if kind == "bpf" else None
     if _libc().mount(kind.encode(), bytes(where), kind.encode(), flags, options):
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(where))
+
+
+def detached(kind: str) -> int:
+    """Return a descriptor of a pseudo file system that is mounted nowhere, fsopen(2), fsmount(2).
+
+    :raises OSError: with the kernel's errno.
+    """
+    fsopen, fsconfig, fsmount = 430, 431, 432  # on every architecture
+    cloexec, config_create = 1, 6  # FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC, FSCONFIG_CMD_CREATE
+    context = _libc().syscall(fsopen, kind.encode(), cloexec)
+    if context < 0:
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), kind)
+    try:
+        # MOUNT_ATTR_NOSUID, _NODEV and _NOEXEC have the values of MS_NOSUID and the others.
+        root: int = -1
+        if not _libc().syscall(fsconfig, context, config_create, None, None, 0):
+            root = _libc().syscall(fsmount, context, cloexec, MS_NOSUID | MS_NODEV | MS_NOEXEC)
+        if root < 0:
+            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), kind)
+        return root
+    finally:
+        os.close(context)
 
 
 def remount(where: Path, *, read_only: bool) -> None:
@@ -160,12 +186,40 @@ def read_knob() -> int:
         ) from error
 
 
-def write_knob(value: int) -> None:
-    """Set the native knob, through our own procfs mount.
+class Knob:
+    """The native knob, open: whoever has given up all capabilities can still use it. A context manager.
 
-    :raises OSError: the mount is not there, or the kernel refused.
+    :raises OSError: it cannot be opened.
     """
-    (PROC / KNOB).write_text(f"{value}\n")
+
+    def __init__(self) -> None:
+        self._fd = os.open(PROC / KNOB, os.O_RDWR | os.O_CLOEXEC)
+
+    def __enter__(self) -> Knob:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._fd)
+
+    def read(self) -> int:
+        """Return its value, 0 or 1."""
+        return int(os.pread(self._fd, 16, 0))
+
+    def write(self, value: int | str) -> None:
+        """Set it.
+
+        :raises OSError: the kernel refused (EINVAL), or the guard of sysctls did (EPERM).
+        """
+        os.pwrite(self._fd, f"{value}\n".encode(), 0)
+
+
+def write_knob(value: int) -> None:
+    """Set the native knob.
+
+    :raises OSError: it cannot be opened, the kernel refused, or the guard of sysctls did.
+    """
+    with Knob() as knob:
+        knob.write(value)
 
 
 def need_root(what: str) -> None:
@@ -176,6 +230,11 @@ def need_root(what: str) -> None:
     """
     if os.geteuid() != 0:
         raise Failure(f"only root {what}", "run it as root, e.g. with sudo")
+
+
+def in_initial(kind: str) -> bool:
+    """Tell whether this process is in the initial user or pid namespace."""
+    return Path(f"/proc/self/ns/{kind}").stat().st_ino == INITIAL_NAMESPACES[kind]
 
 
 def drop_capabilities() -> None:
@@ -219,6 +278,14 @@ def restrict_writes(*below: Path) -> None:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     finally:
         os.close(ruleset)
+
+
+def read_ftrace() -> int | None:
+    """Return kernel.ftrace_enabled, without which no BPF trampoline runs; None where the kernel does not have it."""
+    try:
+        return int(FTRACE.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def has_kvm() -> bool:
