@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,7 +10,8 @@ import pytest
 from inside import in_force, lab, nothing_in_force
 
 import hatch_build
-from uffdguard.kernel import features
+from uffdguard import state
+from uffdguard.kernel import features, layout, libbpf
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -53,3 +55,18 @@ def variant(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
         monkeypatch.setattr(features, "OBJECT", folder / "guard.bpf.o")
 
     return replace
+
+
+@pytest.fixture
+def silence(variant: Callable[..., None]) -> Callable[[bool], None]:
+    """Return a function that lets `decide` decide nothing any more, though it is attached, and decide again."""
+    variant("\tif (ret)\n\t\treturn ret;\n", "\tif (ret || enforcement.room[0])\n\t\treturn ret;\n")
+
+    def silence(wanted: bool) -> None:
+        fd = libbpf.get(state.PINS / "enforcement")
+        kept = libbpf.read(fd, layout.Enforcement)
+        kept.room[0] = wanted
+        libbpf.write(fd, kept)
+        os.close(fd)
+
+    return silence
