@@ -72,7 +72,7 @@ def require(*checks: Callable[[], Row]) -> None:
 
 def program_rows() -> Iterator[Row]:
     """Yield a row for each program of ours: whether this kernel loads it. Nothing is attached."""
-    for program in ("decide", "grant", "forget", "seed"):
+    for program in ("decide", "grant", "forget", "seed", "administrators"):
         yield _program(program)
 
 
