@@ -116,7 +116,7 @@ def start(
             mode=mode or (current or configured).mode, audit=_wanted_audit(configured, current, audit)
         )
         native.check_mode(wanted.mode)
-        if not server():
+        if native.is_covered() and not server() and native.is_deserted():
             native.uncover()  # what a server that has died left
         knob = held.enter_context(native.Knob())
         ours = found.has("decide") or LOADED.exists()
