@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 FILE = native.FILE
-#: How many descriptors a service manager keeps: that of the connection.
+#: How many descriptors a service manager keeps: those of the connection and of the native knob.
 KEPT = 2
 KVM = "open:/dev/kvm"
 NATIVE = re.compile(r"[01]\n")
