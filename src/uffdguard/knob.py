@@ -58,6 +58,8 @@ step = STEPS.take
 
 #: Where a server that waits to be mounted gives away its /dev/fuse.
 SOCKET = native.RUN / "fuse"
+#: The name by which the service manager keeps the native knob.
+NATIVE = "native"
 #: Seconds that it waits.
 PATIENCE = 30.0
 #: Bytes; no word with blanks around it has reason to be longer.
@@ -160,8 +162,10 @@ def _cover(connection: int) -> None:
     if not native.in_initial("pid"):
         raise Failure("not in the initial pid namespace", "run it on the host itself")
     step("cover the native file")
-    native.uncover()
-    native.cover(connection)
+    # Or a start may take what is half done for what a kill has left.
+    with locked():
+        native.uncover()
+        native.cover(connection)
 
 
 def main() -> NoReturn:
@@ -246,7 +250,9 @@ def serve(connection: int, manager: Manager | None = None) -> NoReturn:
 
     :raises Failure: the policy is damaged or not in force any more, or another server runs.
     """
-    with Asker() as asker, native.Knob() as native_knob:
+    # The native file may be covered, and without a capability there is no other way to it.
+    kept = manager.kept.get(NATIVE) if manager else None
+    with Asker() as asker, native.Knob(kept) as native_knob:
         # Nothing else may be opened to write soon.
         device = os.open(fuse.DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
         confine()
@@ -269,6 +275,7 @@ def serve(connection: int, manager: Manager | None = None) -> NoReturn:
             if connection not in manager.kept.values():
                 server.wait_for(native.is_covered)
                 step("keep the connection")
+                manager.keep(NATIVE, native_knob.fileno())
                 manager.keep(_name_of_cover(), connection)
             manager.ready()
         step("serve")
