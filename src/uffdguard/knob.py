@@ -1,8 +1,11 @@
 """The interface file: ``/proc/sys/vm/unprivileged_userfaultfd`` as the 2019 patch had it, served by FUSE.
 
-The server has no capability. Who may mount gets its /dev/fuse, by inheritance (:func:`run`) or by a socket
+The server has no capability. Whoever may mount gets its /dev/fuse, by inheritance (:func:`run`) or by a socket
 (:func:`mount`, for a service manager), and covers the native file. The server holds references to all that is
 pinned, so that pins removed by accident change nothing, and once a second sees the policy refuse.
+
+A mount namespace that was made from this one has a copy of the cover. So that the copies outlive a server, a service
+manager keeps a descriptor of the connection, and the next server goes on with it.
 """
 
 from __future__ import annotations
@@ -12,20 +15,20 @@ import errno
 import fcntl
 import logging
 import os
+import select
 import signal
 import socket
-import stat
 import sys
-import threading
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from uffdguard import guard, proof, state
+from uffdguard import fuse, guard, proof, state
 from uffdguard.errors import Failure, one_line
-from uffdguard.kernel import libbpf, native
+from uffdguard.kernel import layout, libbpf, native
 from uffdguard.kernel.native import Access
 from uffdguard.lock import locked
+from uffdguard.manager import Manager
 from uffdguard.policy import Mode, Policy, Reason, interface_line
 from uffdguard.proof import Asker, Silence
 from uffdguard.steps import Steps, log
@@ -38,12 +41,13 @@ STEPS = Steps(
     (
         "bind the socket",
         "give the descriptor away",
+        "keep the connection",
         "cover the native file",
         "claim the file",
+        "watch",
         "switch to the mode that is set",
         "await the mount",
         "serve",
-        "watch",
         "pin again",
         "close the native knob",
         "end",
@@ -52,19 +56,20 @@ STEPS = Steps(
 )
 step = STEPS.take
 
-LIBRARY = "libfuse3.so.3"
-DEV_FUSE = Path("/dev/fuse")
 #: Where a server that waits to be mounted gives away its /dev/fuse.
 SOCKET = native.RUN / "fuse"
+#: The name by which the service manager keeps the native knob.
+NATIVE = "native"
 #: Seconds that it waits.
 PATIENCE = 30.0
 #: Bytes; no word with blanks around it has reason to be longer.
 LONGEST = 64
 #: Seconds between two looks whether the policy still refuses.
 INTERVAL = 1.0
+#: Seconds without one, after which that is told.
+BLIND = 60.0
 ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NUMBERS = {"0": Mode.DISABLED, "1": Mode.ENABLED}
-CAP_SYS_ADMIN = 21
 
 
 def parse(data: bytes, words: tuple[Mode, ...], *, numeric: bool = False) -> Mode:
@@ -82,12 +87,12 @@ def parse(data: bytes, words: tuple[Mode, ...], *, numeric: bool = False) -> Mod
 
 
 def run() -> None:
-    """Serve the file until the server ends, and uncover the native one then. For who has no service manager.
+    """Serve the file until the server ends, and uncover the native one then. For those without a service manager.
 
     :raises Failure: no policy is in force, or it cannot be served.
     """
     _require()
-    fuse = os.open(DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
+    connection = os.open(fuse.DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
     # Ignored by our parent, it would keep us from seeing how the server ends.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -95,16 +100,14 @@ def run() -> None:
     if pid == 0:
         status = 1
         try:
-            serve(fuse)
+            serve(connection)
         except (Failure, OSError) as error:
             log.error("%s", error)
         finally:
             os._exit(status)
     try:
-        step("cover the native file")
-        native.uncover()
-        native.cover(fuse)
-        os.close(fuse)
+        _cover(connection)
+        os.close(connection)
         for number in ENDS:
             signal.signal(number, lambda number, frame: os.kill(pid, signal.SIGTERM))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
@@ -123,9 +126,11 @@ def run() -> None:
 
 
 def mount() -> None:
-    """Cover the native file by the one of the server that waits for it.
+    """Cover the native file by the one of the server that waits for it; see that the server answers.
 
-    :raises Failure: none does.
+    One that goes on with what an earlier server was mounted for needs no mount.
+
+    :raises Failure: no server waits or serves, or it does not answer.
     """
     native.need_root("covers a file of /proc")
     try:
@@ -135,29 +140,49 @@ def mount() -> None:
             _, fds, _, _ = socket.recv_fds(server, 1, 1)
     except (FileNotFoundError, ConnectionError, TimeoutError):
         fds = []
-    if not fds:
+    if not fds and not (state.server() and native.is_covered()):
         raise Failure("no server waits to be mounted", "run uffdguard knob serve")
+    for connection in fds:
+        try:
+            _cover(connection)
+        finally:
+            os.close(connection)
     try:
-        step("cover the native file")
+        native.FILE.read_bytes()
+    except OSError as error:
         native.uncover()
-        native.cover(fds[0])
-    finally:
-        os.close(fds[0])
-    native.FILE.read_bytes()
+        raise Failure(f"the interface file does not answer: {error.strerror}", "run uffdguard knob serve") from error
+
+
+def _cover(connection: int) -> None:
+    """Cover the native file by what is served by a descriptor of /dev/fuse.
+
+    :raises Failure: the kernel would name those who write by their numbers in another pid namespace than the policy.
+    """
+    if not native.in_initial("pid"):
+        raise Failure("not in the initial pid namespace", "run it on the host itself")
+    step("cover the native file")
+    # Or a start may take what is half done for what a kill has left.
+    with locked():
+        native.uncover()
+        native.cover(connection)
 
 
 def main() -> NoReturn:
     """Be ``uffdguard knob serve``, without the command line, which would stay in memory."""
     logging.basicConfig(level=logging.WARNING, format="uffdguard knob: %(message)s")
+    manager = Manager()
     try:
-        serve_under_manager()
+        serve_under_manager(manager)
     except (Failure, OSError) as error:
+        # The next one would not begin either: nobody is to wait for an answer.
+        manager.forget()
         print(f"uffdguard: {error}", file=sys.stderr)
         sys.exit(1)
 
 
-def serve_under_manager() -> NoReturn:
-    """Serve the file, mounted by :func:`mount` once $NOTIFY_SOCKET was told that it can be, sd_notify(3).
+def serve_under_manager(manager: Manager) -> NoReturn:
+    """Serve the file: what an earlier server was mounted for, or mounted by :func:`mount` once MANAGER is told.
 
     :raises Failure: no policy is in force, another server runs, or nobody mounted it.
     """
@@ -165,26 +190,40 @@ def serve_under_manager() -> NoReturn:
         native.join_owner()
     _require()
     SOCKET.unlink(missing_ok=True)
+    connection = manager.kept.get(_name_of_cover())
+    if connection is None or not fuse.is_alive(connection):
+        # What is kept is of a cover that is gone.
+        manager.forget()
+        connection = os.open(fuse.DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
+        _give_away(connection, manager)
+    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+    serve(connection, manager)
+
+
+def _give_away(connection: int, manager: Manager) -> None:
+    """Give a descriptor of /dev/fuse to whoever mounts it.
+
+    :raises Failure: nobody comes.
+    """
     step("bind the socket")
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(SOCKET))
         server.listen()
         server.settimeout(PATIENCE)
-        if address := os.environ.get("NOTIFY_SOCKET"):
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-                manager.connect(f"\0{address[1:]}" if address.startswith("@") else address)
-                manager.send(b"READY=1")
-        fuse = os.open(DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
+        manager.ready()
         try:
-            with server.accept()[0] as who_mounts:
+            with server.accept()[0] as mounter:
                 step("give the descriptor away")
-                socket.send_fds(who_mounts, [b"."], [fuse])
+                socket.send_fds(mounter, [b"."], [connection])
         except TimeoutError:
             raise Failure("nobody has mounted the interface file", "run uffdguard knob mount") from None
         finally:
             SOCKET.unlink(missing_ok=True)
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
-    serve(fuse)
+
+
+def _name_of_cover() -> str:
+    """Return the name by which the connection is kept of what covers the native file: a colon cannot be in it."""
+    return f"connection-{native.cover_device()}".replace(":", "-")
 
 
 def claim(lock: int) -> None:
@@ -198,20 +237,24 @@ def claim(lock: int) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except BlockingIOError:
-            # Who looks whether a server runs has a lock on it, too, for an instant: state.server().
+            # Whoever looks whether a server runs has a lock on it, too, for an instant: state.server().
             if time.monotonic() > end:
                 raise Failure("the interface file is being served already", "see uffdguard status") from None
         time.sleep(0.01)
 
 
-def serve(fuse: int) -> NoReturn:
-    """Serve what is mounted, or soon will be, by the descriptor FUSE of /dev/fuse, without any privilege but root's.
+def serve(connection: int, manager: Manager | None = None) -> NoReturn:
+    """Serve what is mounted, or soon will be, by a descriptor of /dev/fuse, without any privilege but root's.
 
     ENDS are blocked. Ends the process.
 
-    :raises Failure: the policy is not in force any more, or another server runs.
+    :raises Failure: the policy is damaged or not in force any more, or another server runs.
     """
-    with Asker() as asker, native.Knob() as native_knob:
+    # The native file may be covered, and without a capability there is no other way to it.
+    kept = manager.kept.get(NATIVE) if manager else None
+    with Asker() as asker, native.Knob(kept) as native_knob:
+        # Nothing else may be opened to write soon.
+        device = os.open(fuse.DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
         confine()
         with locked():
             # Under the lock, so that stop either sees this server or leaves nothing for it to hold.
@@ -225,20 +268,20 @@ def serve(fuse: int) -> NoReturn:
             server = Server(asker, native_knob)
             if missing := [part for part in state.PARTS if part not in server.held and part != "guard_sysctl"]:
                 raise Failure(f"the policy is damaged: not pinned: {', '.join(missing)}", "run uffdguard start")
-            # A server before this one may have closed the native knob.
-            step("switch to the mode that is set")
-            guard.switch(server.held, server.current().mode, asker, server.native_knob)
+        server.look()
         step("await the mount")
-        end = time.monotonic() + PATIENCE
-        while not _is_mounted(fuse):
-            server.pause(0.02)
-            if time.monotonic() > end:
-                raise Failure("nobody has mounted the interface file", "run it anew")
+        server.wait_for(lambda: fuse.clone(connection, device))
+        if manager:
+            if connection not in manager.kept.values():
+                server.wait_for(native.is_covered)
+                step("keep the connection")
+                manager.keep(NATIVE, native_knob.fileno())
+                manager.keep(_name_of_cover(), connection)
+            manager.ready()
         step("serve")
         if server.current().audit:
             log.warning("audit: refusals are counted and told, and let pass")
-        threading.Thread(target=server.watch, daemon=True).start()
-        server.loop(fuse)
+        server.loop(device)
         server.end(0)
 
 
@@ -262,33 +305,33 @@ def confine() -> None:
 
 
 class Server:
-    """The operations of the file system, whose root is the file; and the watch over the policy."""
-
-    #: What mfusepy asks of its operations: times in ns.
-    use_ns = True
+    """The file, as fuse.File has it; and the watch over the policy."""
 
     def __init__(self, asker: Asker, native_knob: native.Knob) -> None:
         self.asker = asker
         self.native_knob = native_knob
         self.words = native.modes()
         self.held: dict[str, int] = {}
-        #: Has who uses or changes ``held``, besides guard's lock, which comes first, where something is changed.
-        self.holding = threading.RLock()
+        #: Whether the policy has answered; None: that is not known yet.
+        self.answers: bool | None = None
+        #: When that was seen last, by the monotonic clock; None: it was told that this is long ago.
+        self.seen: float | None = time.monotonic()
         self.hold()
+        for number in ENDS:
+            signal.signal(number, lambda number, frame: self.end(0))
 
     def hold(self) -> None:
         """Take references to what is pinned now; pin again what is not pinned any more."""
-        with self.holding:
-            for part in state.PARTS:
-                try:
-                    fd = libbpf.get(state.PINS / part)
-                except OSError:
-                    if part in self.held:
-                        self.pin_again(part)
-                    continue
+        for part in state.PARTS:
+            try:
+                fd = libbpf.get(state.PINS / part)
+            except OSError:
                 if part in self.held:
-                    os.close(self.held[part])
-                self.held[part] = fd
+                    self.pin_again(part)
+                continue
+            if part in self.held:
+                os.close(self.held[part])
+            self.held[part] = fd
 
     def pin_again(self, part: str) -> None:
         """Pin what we hold where nothing is pinned; without a bpffs there it stays undone."""
@@ -298,110 +341,170 @@ class Server:
             libbpf.pin(self.held[part], state.PINS / part)
             log.warning("%s was not pinned any more: pinned again", part)
 
-    def pause(self, seconds: float) -> None:
-        """Wait; end when told to. libfuse, which waits in the main thread, need not know."""
-        if signal.sigtimedwait(ENDS, seconds):
-            self.end(0)
+    def wait(self, poll: select.poll, seconds: float) -> bool:
+        """Wait for what POLL has, and tell whether it has come; end, which can be done here only, when told to."""
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDS)
+        try:
+            return bool(poll.poll(max(0.0, seconds) * 1000))
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
+
+    def wait_for(self, mounted: Callable[[], bool]) -> None:
+        """Wait until somebody has mounted what we serve.
+
+        :raises Failure: nobody does.
+        """
+        end = time.monotonic() + PATIENCE
+        while not mounted():
+            self.wait(select.poll(), 0.02)
+            if time.monotonic() > end:
+                raise Failure("nobody has mounted the interface file", "run it anew")
 
     def end(self, status: int) -> NoReturn:
-        """End the process, but not in the middle of a change."""
-        with self.holding:
-            step("end")
-            os._exit(status)
+        """End the process."""
+        step("end")
+        os._exit(status)
 
-    def watch(self) -> None:
-        """See the policy refuse, again and again; close the native knob and end when it does not."""
+    def loop(self, device: int) -> None:
+        """Answer what the kernel asks until the file is unmounted everywhere, and watch the policy meanwhile."""
+        poll = select.poll()
+        poll.register(device, select.POLLIN)
+        due = time.monotonic() + INTERVAL
         while True:
-            self.pause(INTERVAL)
-            step("watch")
-            try:
-                # Whoever changes something sees the policy answer, too: nothing is missed by skipping a turn.
-                with contextlib.suppress(BlockingIOError), locked(wait=False), self.holding:
-                    self.hold()
-                    self.ask()
-            except Exception as error:  # also that the lock cannot be had: nobody would watch any more
-                step("close the native knob")
-                with contextlib.suppress(OSError):
-                    proof.set_knob(self.held, 0, self.native_knob)
-                log.critical("the policy does not refuse any more, and the native knob is closed: %s", error)
-                self.end(1)
+            if self.wait(poll, due - time.monotonic()) and not fuse.serve_one(device, self):
+                return
+            if time.monotonic() >= due:
+                self.look()
+                due = time.monotonic() + INTERVAL
+
+    def look(self) -> None:
+        """See whether the policy refuses; close the native knob when it does not, and set it anew when it does again.
+
+        Ends the process where it can never see that any more.
+        """
+        step("watch")
+        try:
+            with locked(wait=False):
+                self.hold()
+                self.see()
+        except BlockingIOError:
+            # Whoever has the lock sees the policy answer, too: nothing is missed by skipping a turn.
+            self.see_nothing("another process has the lock")
+        except (Failure, OSError) as error:  # the lock cannot be had, and nobody would watch any more
+            self.close(error)
+            self.end(1)
+
+    def see(self) -> None:
+        """Do so under the lock, with what is pinned now."""
+        try:
+            self.ask()
+            kept = libbpf.read(self.held["enforcement"], layout.Enforcement)
+            # Others who see the policy not answer close the native knob, too.
+            if not self.answers or kept.unanswered_since or kept.knob != state.knob_of(self.current()):
+                self.go_on()
+        except Silence as error:
+            self.see_nothing(str(error))
+            return
+        except (Failure, OSError) as error:
+            self.close(error)
+        self.seen = time.monotonic()
+
+    def see_nothing(self, why: str) -> None:
+        """Tell, once, that nobody has seen for long whether the policy refuses."""
+        if self.seen is not None and time.monotonic() > self.seen + BLIND:
+            self.seen = None
+            log.error("it cannot be seen whether the policy refuses: %s", why)
 
     def ask(self) -> None:
         """See the policy refuse, by a new trial child where the old one has died.
 
+        :raises Silence: there is no trial child.
         :raises Failure: it does not.
         """
         try:
             self.asker.ask(self.held["witness"], Reason.DISABLED, strict=True)
         except Silence:
-            self.asker.restart()
+            try:
+                self.asker.restart()
+            except OSError as error:
+                raise Silence(f"no process can be had to try the policy: {error.strerror}", "try again") from error
             self.asker.ask(self.held["witness"], Reason.DISABLED, strict=True)
+
+    def close(self, error: Exception) -> None:
+        """Keep the native knob closed while the policy does not refuse, but not where nothing is to be refused."""
+        step("close the native knob")
+        closed = True
+        with contextlib.suppress(OSError):
+            closed = proof.close_net(self.held, state.read_policy(self.held["policy"]), self.native_knob)
+        if self.answers is not False:
+            result = "is closed" if closed else "stays as it is, for the policy lets all pass"
+            log.critical("the policy does not refuse any more, and the native knob %s: %s", result, error)
+        self.note(False)
+
+    def go_on(self) -> None:
+        """Let the native knob be what is due, now that the policy answers; another server may have closed it.
+
+        :raises Failure: it does not answer after all.
+        """
+        policy = self.current()
+        if self.native_knob.read() != state.knob_of(policy):
+            step("switch to the mode that is set")
+            guard.switch(self.held, policy.mode, self.asker, self.native_knob)
+        if self.answers is not None:
+            log.warning("the policy refuses again, and the native knob is %d", self.native_knob.read())
+        self.note(True)
+
+    def note(self, answers: bool) -> None:
+        """Remember whether the policy has answered, and leave that for others."""
+        self.answers = answers
+        with contextlib.suppress(OSError):
+            proof.record(self.held, answers=answers)
 
     def current(self) -> Policy:
         """Return the policy that is set.
 
         :raises OSError: EIO when it cannot be read.
         """
-        with self.holding:
-            policy = state.read_policy(self.held["policy"])
+        policy = state.read_policy(self.held["policy"])
         if policy is None:
             raise OSError(errno.EIO, "the policy cannot be read")
         return policy
 
-    def loop(self, fuse: int) -> None:
-        """Answer what comes by the descriptor FUSE until the file is unmounted."""
-        # Otherwise mfusepy would run ldconfig and take libfuse 2 where both are installed.
-        os.environ["FUSE_LIBRARY_PATH"] = LIBRARY
-        import mfusepy
-
-        self.caller: Callable[[], tuple[int, int, int]] = mfusepy.fuse_get_context
-        mfusepy.FUSE(self, f"/dev/fd/{fuse}", raw_fi=True, foreground=True, nothreads=True)
-
-    def getattr(self, path: str, info: Any = None) -> dict[str, int]:
-        """The attributes of a file of /proc/sys that root may write."""
-        return {"st_mode": stat.S_IFREG | 0o644, "st_nlink": 1, "st_size": 0, "st_uid": 0, "st_gid": 0}
-
-    def open(self, path: str, info: Any) -> int:
-        """Each read and write comes here, as to a file of /proc: what is read is always the truth."""
-        info.direct_io = True
-        return 0
-
-    def truncate(self, path: str, length: int, info: Any = None) -> int:
-        """What a shell does before it writes."""
-        return 0
-
-    def read(self, path: str, size: int, offset: int, info: Any) -> bytes:
+    def read(self) -> bytes:
         """Return the line that lists the modes, the current one in brackets."""
-        return f"{interface_line(self.current().mode, self.words)}\n".encode()[offset : offset + size]
+        return f"{interface_line(self.current().mode, self.words)}\n".encode()
 
-    def write(self, path: str, data: bytes, offset: int, info: Any) -> int:
+    def check_writer(self, thread: int) -> None:
+        """Refuse who has no CAP_SYS_ADMIN in the initial user namespace: uid 0 alone is root of any container.
+
+        :raises PermissionError: so it is.
+        """
+        if thread not in memoryview(libbpf.iterate(self.held["administrators"])).cast("i"):
+            log.warning("refused to write: %s has no CAP_SYS_ADMIN in the initial user namespace", _who(thread))
+            raise PermissionError(errno.EPERM, "no CAP_SYS_ADMIN")
+
+    def write(self, data: bytes, offset: int, thread: int) -> None:
         """Switch the mode before write(2) returns; EINVAL for what is none of the words."""
-        _, _, pid = self.caller()
-        who = one_line(f"pid {pid} ({_status(pid, 'Name')})")
-        # A sandbox without CAP_SYS_ADMIN has its /proc/sys read-only, but what is mounted later comes in as it is.
-        if not int(_status(pid, "CapEff") or "0", 16) >> CAP_SYS_ADMIN & 1:
-            log.warning("refused to write: %s has no CAP_SYS_ADMIN", who)
-            raise OSError(errno.EPERM, "no CAP_SYS_ADMIN")
         number = data.strip(b" \t\n") in (b"0", b"1") and len(data) <= LONGEST
         if number and not offset and self.current().audit:
             self.change(lambda: guard.set_found(self.held, int(data), self.asker, self.native_knob))
-            return len(data)
+            return
         try:
             if offset:
                 raise ValueError("not at the start")
             mode = parse(data, self.words, numeric=self.accepts_numbers())
         except ValueError:
-            log.warning("refused to write %r, which is none of %s: %s", data[:LONGEST], ", ".join(self.words), who)
+            words = ", ".join(self.words)
+            log.warning("refused to write %r, which is none of %s: %s", data[:LONGEST], words, _who(thread))
             raise OSError(errno.EINVAL, "none of the words") from None
         self.change(lambda: guard.switch(self.held, mode, self.asker, self.native_knob))
         if self.current().audit:
-            log.warning("mode %s in audit: refusals are counted and told, and let pass: %s", mode, who)
-        return len(data)
+            log.warning("mode %s in audit: refusals are counted and told, and let pass: %s", mode, _who(thread))
 
     def change(self, how: Callable[[], object]) -> None:
         """Change something of what is pinned now; EIO when that fails."""
         try:
-            with locked(), self.holding:
+            with locked():
                 self.hold()
                 how()
         except Failure as error:
@@ -425,35 +528,19 @@ def _require() -> None:
 
     :raises Failure: it is not so.
     """
-    import ctypes
-
     native.need_root("serves the interface file")
     if not state.LOADED.exists():
         raise state.not_in_force()
     if state.server():
         raise Failure("the interface file is being served already", "see uffdguard status")
+    if not fuse.DEV_FUSE.exists():
+        raise Failure(f"{fuse.DEV_FUSE} is not there", "modprobe fuse; the kernel must have CONFIG_FUSE_FS")
+
+
+def _who(thread: int) -> str:
+    """Return what to call a thread: its id, and the name that it has given itself."""
     try:
-        ctypes.CDLL(LIBRARY)
+        name = Path(f"/proc/{thread}/comm").read_bytes().decode(errors="backslashreplace")[:-1]
     except OSError:
-        raise Failure(f"{LIBRARY} is missing: it serves the interface file", "apt install libfuse3-3") from None
-    if not DEV_FUSE.exists():
-        raise Failure(f"{DEV_FUSE} is not there", "modprobe fuse; the kernel must have CONFIG_FUSE_FS")
-
-
-def _is_mounted(fuse: int) -> bool:
-    """Tell whether a descriptor of /dev/fuse belongs to a mount: only then a read of it is refused as too short."""
-    try:
-        os.read(fuse, 1)
-    except OSError as error:
-        return error.errno == errno.EINVAL
-    return True
-
-
-def _status(pid: int, field: str) -> str:
-    """Return a field of /proc/PID/status, proc(5), or "" when the process has gone."""
-    try:
-        status = (native.PROC / str(pid) / "status").read_bytes().decode(errors="backslashreplace")
-    except OSError:
-        return ""
-    # Not by splitlines(): of a name the kernel escapes the newline only, and not what else ends a line for Python.
-    return next(line for line in status.split("\n") if line.startswith(f"{field}:\t")).split("\t", 1)[1]
+        name = ""
+    return one_line(f"pid {thread} ({name})")

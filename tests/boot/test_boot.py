@@ -26,7 +26,7 @@ ROOT = HERE.parents[1]
 SUITE = "bookworm"
 PACKAGES = (
     *("systemd", "systemd-sysv", "udev", "kmod", "procps", "dbus", "initramfs-tools", "linux-image-amd64", "zstd"),
-    *("python3", "python3-click", "libbpf1", "libfuse3-3"),
+    *("python3", "python3-click", "libbpf1"),
     *("podman", "netavark", "crun", "uidmap", "slirp4netns", "busybox-static"),
 )
 SECONDS = 1800

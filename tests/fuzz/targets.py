@@ -19,9 +19,9 @@ import json
 import os
 import re
 import shutil
+import struct
 import sys
 import tempfile
-import threading
 import tomllib
 import unicodedata
 from dataclasses import asdict
@@ -30,13 +30,13 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
-from uffdguard import cli, config, guard, inspect, install, knob, page, report, state
+from uffdguard import cli, config, fuse, guard, inspect, install, knob, page, report, state
 from uffdguard import events as decisions
 from uffdguard.cli.report import facts, show
 from uffdguard.cli.watch import Lines, Objects
 from uffdguard.errors import Failure, one_line
 from uffdguard.journal import MISSING_ID, NOTICE_ID, of_entry, to_event, to_sysctl_write
-from uffdguard.kernel import features, layout, native, probe
+from uffdguard.kernel import features, layout, libbpf, native, probe
 from uffdguard.lab import kernels, vm
 from uffdguard.policy import Mode, Policy
 
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 # What is imported later is not instrumented.
 for verb in cli.VERBS:
     importlib.import_module(f"uffdguard.cli.{verb}")
+
+PR_SET_NAME = 15
 
 TARGETS: dict[str, Callable[[bytes], None]] = {}
 
@@ -172,11 +174,6 @@ def configuration(data: bytes) -> None:
     ), (found, whole)
 
 
-def name_in_status(name: bytes) -> bytes:
-    """Return NAME as /proc/PID/status has it: fs/proc/array.c, proc_task_name()."""
-    return name.replace(b"\\", rb"\\").replace(b"\n", rb"\n")
-
-
 @target
 def interface(data: bytes) -> None:
     """A write to the interface file: one of its words and nothing else switches the mode, to just that word.
@@ -186,20 +183,20 @@ def interface(data: bytes) -> None:
     facts = data[0] if data else 0
     capable, numeric, kvm, later, audit = (bool(facts >> bit & 1) for bit in range(5))
     name, _, written = data[1:].partition(b"\0")
-    capabilities = b"000001ffffffffff" if capable else b"0000000000000000"
-    (scratch() / "7").mkdir(exist_ok=True)
-    put(scratch() / "7/status", b"Name:\t%s\nUmask:\t0022\nCapEff:\t%s\n" % (name_in_status(name[:15]), capabilities))
     server = object.__new__(knob.Server)
     server.words = tuple(Mode) if kvm else (Mode.DISABLED, Mode.ENABLED)
-    server.caller = lambda: (0, 0, 7)
-    server.held, server.holding = {}, threading.RLock()
-    server.asker = server.native_knob = SimpleNamespace()  # type: ignore[assignment]
+    server.held, server.asker = {"administrators": 0}, SimpleNamespace()  # type: ignore[assignment]
+    server.native_knob = SimpleNamespace()  # type: ignore[assignment]
     asked: list[Mode | int] = []
     lines: list[str] = []
     log = SimpleNamespace(warning=lambda text, *values: lines.append(text % values))
-    answer = 0
+    thread = os.getpid()
+    ctypes.CDLL(None).prctl(PR_SET_NAME, name[:15])
+    # The header, and struct fuse_write_in.
+    header = struct.pack("=IIQQIIII", 80 + len(written), 16, 5, 1, 0, 0, thread, 0)
+    request = header + struct.pack("=QQIIQII", 0, int(later), len(written), 0, 0, 1, 0) + written
     with (
-        replaced(native, PROC=scratch()),
+        replaced(libbpf, iterate=lambda link: thread.to_bytes(4, "little") * capable),
         replaced(
             guard,
             switch=lambda held, mode, asker, knob: asked.append(mode),
@@ -214,10 +211,8 @@ def interface(data: bytes) -> None:
         ),
         watch,
     ):
-        try:
-            assert server.write("/", written, int(later), None) == len(written)
-        except OSError as error:
-            answer = error.errno or -1
+        length, error, unique = struct.unpack_from("=IiQ", reply := fuse.answer(request, server))
+    assert (length, unique) == (len(reply), 5)
     for line in lines:
         check_line(line)
     word = re.fullmatch(rb"[ \t\n]*([a-z01]+)[ \t\n]*", written)
@@ -228,11 +223,36 @@ def interface(data: bytes) -> None:
         words |= {b"0": Mode.DISABLED, b"1": Mode.ENABLED}
     mode = words.get(word[1]) if word and len(written) <= knob.LONGEST and not later else None
     if not capable:
-        assert (answer, asked) == (errno.EPERM, [])
+        assert (-error, asked) == (errno.EPERM, [])
     elif mode is None:
-        assert (answer, asked) == (errno.EINVAL, [])
+        assert (-error, asked) == (errno.EINVAL, [])
     else:
-        assert (answer, asked) == (0, [mode])
+        assert (error, reply[16:], asked) == (0, struct.pack("=II", len(written), 0), [mode])
+
+
+@target
+def protocol(data: bytes) -> None:
+    """A request to the server of the interface file gets one answer, in its form; or none where none is wanted.
+
+    A byte that says what is asked for, and what follows the header.
+    """
+    taken: list[bytes] = []
+    file = SimpleNamespace(
+        read=lambda: b"content\n",
+        check_writer=lambda thread: None,
+        write=lambda written, offset, thread: taken.append(written),
+    )
+    operation = data[0] if data else 0
+    request = struct.pack("=IIQQIIII", 39 + len(data), operation, 6, 1, 0, 0, 7, 0) + data[1:]
+    reply = fuse.answer(request, file)
+    assert not taken or (operation == 16 and taken[0] in data)
+    if operation in (2, 42):
+        assert reply == b""
+        return
+    length, error, unique = struct.unpack_from("=IiQ", reply)
+    assert (length, unique) == (len(reply), 6)
+    assert -errno.ENOSYS <= error <= 0
+    assert not error or length == 16
 
 
 STATUS = state.Status(

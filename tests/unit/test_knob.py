@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
-import re
 import select
 import signal
+import struct
 import threading
-from pathlib import Path
+import time
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from uffdguard import knob, state
+from uffdguard import guard, knob, proof, state
 from uffdguard.errors import Failure
-from uffdguard.kernel import native
+from uffdguard.kernel import layout, libbpf, native
 from uffdguard.knob import LONGEST, parse
-from uffdguard.policy import Mode
+from uffdguard.policy import Mode, Policy
 from uffdguard.proof import Asker, Silence
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 WORDS = tuple(Mode)
 
@@ -76,20 +82,131 @@ def test_kvm_is_no_word_on_a_kernel_without_it() -> None:
         parse(b"kvm", (Mode.DISABLED, Mode.ENABLED))
 
 
-@pytest.mark.parametrize("name", [b"\x1cCapEff:\t20000", b"\x0bCapEff:200000", b"\xc2\x85CapEff:20000", b"\xffx"])
-def test_a_process_has_no_capability_by_its_name(monkeypatch: pytest.MonkeyPatch, name: bytes) -> None:
-    """The name is of the process's own choice, and all but its newlines stand as they are in /proc/PID/status."""
-    monkeypatch.setattr(native, "PROC", Path("/proc"))
-    comm = Path(f"/proc/{os.getpid()}/comm")
-    before = comm.read_bytes()
-    comm.write_bytes(name)
-    try:
-        status = comm.with_name("status").read_bytes()
-        assert name in status
-        (true,) = re.findall(rb"^CapEff:\t(.*)$", status, re.MULTILINE)
-        assert knob._status(os.getpid(), "CapEff") == true.decode()
-    finally:
-        comm.write_bytes(before)
+def server(**held: int) -> knob.Server:
+    """Return a server that has not begun."""
+    server = object.__new__(knob.Server)
+    server.words = WORDS
+    server.held = held
+    return server
+
+
+def test_only_threads_that_the_kernel_lists_may_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(libbpf, "iterate", lambda link: struct.pack("=3i", 1, 7, 70000))
+    for thread in (1, 7, 70000):
+        server(administrators=3).check_writer(thread)
+    for thread in (0, 2, 700, 0x10007, 0xFFFFFFFF):
+        with pytest.raises(PermissionError):
+            server(administrators=3).check_writer(thread)
+
+
+class Watch:
+    """A server whose policy answers or not, as the test says; what happens to the native knob and what is logged."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, policy: Policy | None) -> None:
+        self.error: Exception | None = None
+        self.enforcement = layout.Enforcement(knob=1)
+        self.knobs: list[int] = []
+        self.records: list[bool] = []
+        self.logged: list[str] = []
+        self.server = server(policy=0, witness=0, enforcement=0)
+        self.server.answers = None
+        self.server.seen = time.monotonic()
+
+        def locked(*, wait: bool) -> contextlib.AbstractContextManager[None]:
+            if isinstance(self.error, BlockingIOError):
+                raise self.error
+            return contextlib.nullcontext()
+
+        def ask(server: knob.Server) -> None:
+            if self.error:
+                raise self.error
+
+        monkeypatch.setattr(knob, "locked", locked)
+        monkeypatch.setattr(guard, "switch", lambda held, mode, asker, knob: self.set(1))
+        monkeypatch.setattr(state, "read_policy", lambda fd: policy)
+        monkeypatch.setattr(state, "knob_of", lambda policy: 1)
+        monkeypatch.setattr(libbpf, "read", lambda fd, kind: self.enforcement)
+        monkeypatch.setattr(proof, "set_knob", lambda held, value, knob: self.set(value))
+        monkeypatch.setattr(proof, "record", lambda held, answers: self.records.append(answers))
+        for name, value in (("hold", lambda server: None), ("ask", ask)):
+            monkeypatch.setattr(knob.Server, name, value)
+        self.server.asker = None  # type: ignore[assignment]
+        self.server.native_knob = SimpleNamespace(read=lambda: self.enforcement.knob)  # type: ignore[assignment]
+        log = SimpleNamespace(
+            debug=lambda *text: None, **dict.fromkeys(("warning", "error", "critical"), self.remember)
+        )
+        monkeypatch.setattr(knob, "log", log)
+
+    def set(self, value: int) -> None:
+        self.enforcement.knob = value
+        self.knobs.append(value)
+
+    def remember(self, text: str, *values: object) -> None:
+        self.logged.append(text % values)
+
+    def look(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.server.look()
+
+
+SILENT = Failure("the policy does not answer", "")
+
+
+@pytest.mark.parametrize("policy", [Policy(Mode.KVM), Policy(Mode.DISABLED), None])
+def test_the_watch_keeps_the_knob_closed_while_the_policy_does_not_answer_and_sets_it_when_it_does_again(
+    monkeypatch: pytest.MonkeyPatch, policy: Policy | None
+) -> None:
+    watch = Watch(monkeypatch, policy)
+    for _ in range(3):
+        watch.look(SILENT)
+    assert watch.knobs == [0, 0, 0]
+    assert watch.logged == [f"the policy does not refuse any more, and the native knob is closed: {SILENT}"]
+    assert watch.records == [False] * 3
+    if policy:
+        watch.look()
+        watch.look()
+        assert watch.knobs[3:] == [1]
+        assert watch.logged[1:] == ["the policy refuses again, and the native knob is 1"]
+        assert watch.records[3:] == [True]
+        watch.look(SILENT)
+        assert (watch.knobs[4:], len(watch.logged)) == ([0], 3)
+
+
+@pytest.mark.parametrize("policy", [Policy(Mode.ENABLED), Policy(Mode.KVM, audit=True)])
+def test_the_watch_closes_nothing_where_all_are_let_pass(monkeypatch: pytest.MonkeyPatch, policy: Policy) -> None:
+    watch = Watch(monkeypatch, policy)
+    watch.look(SILENT)
+    watch.look(SILENT)
+    assert watch.knobs == []
+    (line,) = watch.logged
+    assert line.startswith("the policy does not refuse any more, and the native knob stays as it is, for the policy")
+    watch.look()
+    assert watch.logged[1:] == ["the policy refuses again, and the native knob is 1"]
+
+
+@pytest.mark.parametrize("error", [Silence("no memory", ""), BlockingIOError()])
+def test_the_watch_closes_nothing_where_nothing_is_known_and_tells_so_after_a_while(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    watch = Watch(monkeypatch, Policy(Mode.KVM))
+    watch.look(error)
+    assert (watch.knobs, watch.logged, watch.records) == ([], [], [])
+    watch.server.seen = time.monotonic() - knob.BLIND - 1
+    watch.look(error)
+    watch.look(error)
+    assert (watch.knobs, len(watch.logged), watch.records) == ([], 1, [])
+    assert watch.logged[0].startswith("it cannot be seen whether the policy refuses: ")
+    watch.look()
+    assert (watch.knobs, watch.records) == ([], [True])
+
+
+def test_the_watch_opens_again_what_another_has_closed_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch, Policy(Mode.KVM))
+    watch.look()
+    watch.enforcement.knob, watch.enforcement.unanswered_since = 0, 1234
+    watch.look()
+    assert (watch.knobs, watch.records) == ([1], [True] * 2)
+    assert watch.logged == ["the policy refuses again, and the native knob is 1"]
 
 
 def test_a_server_begins_while_others_look_whether_one_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,8 @@ import pytest
 from inside import in_force, lab, nothing_in_force
 
 import hatch_build
-from uffdguard.kernel import features
+from uffdguard import state
+from uffdguard.kernel import features, layout, libbpf
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,3 +62,18 @@ def variant(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(features, "OBJECT", compiled(text, by))
 
     return replace
+
+
+@pytest.fixture
+def silence(variant: Callable[..., None]) -> Callable[[bool], None]:
+    """Return a function that lets `decide` decide nothing any more, though it is attached, and decide again."""
+    variant("\tif (ret)\n\t\treturn ret;\n", "\tif (ret || enforcement.room[0])\n\t\treturn ret;\n")
+
+    def silence(wanted: bool) -> None:
+        fd = libbpf.get(state.PINS / "enforcement")
+        kept = libbpf.read(fd, layout.Enforcement)
+        kept.room[0] = wanted
+        libbpf.write(fd, kept)
+        os.close(fd)
+
+    return silence

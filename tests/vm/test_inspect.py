@@ -22,7 +22,6 @@ import pytest
 from hypothesis.stateful import invariant
 from inside import ACTOR, USER, actor, family, force_knob, forked, uffdguard, waiting_actor
 from vm.test_model import USERFAULTFD_IOC_NEW, Model, run, subjects
-from vm.test_silence import silence
 
 from uffdguard import inspect, state
 from uffdguard.errors import Failure
@@ -32,7 +31,7 @@ from uffdguard.policy import Mode
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-__all__ = ["silence", "subjects"]
+__all__ = ["subjects"]
 
 KVM = "open:/dev/kvm"
 #: In place of markup, of a terminal's and of a line's end.

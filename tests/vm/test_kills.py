@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 from inside import Killer, actor, forked, hold_maps_only, until, watched
 
-from uffdguard import guard, knob, state
-from uffdguard.kernel import native
+from uffdguard import guard, knob, proof, state
+from uffdguard.kernel import libbpf, native
+from uffdguard.manager import Manager
 from uffdguard.policy import Mode, Policy
 
 if TYPE_CHECKING:
@@ -76,6 +77,14 @@ def take_the_policy_away(pid: int) -> None:
         (state.PINS / link).unlink()
 
 
+def close_the_native_knob(pid: int) -> None:
+    """Do as others do who see the policy not answer."""
+    fd = libbpf.get(state.PINS / "enforcement")
+    with native.Knob() as native_knob:
+        proof.set_knob({"enforcement": fd}, 0, native_knob)
+    os.close(fd)
+
+
 def end(pid: int) -> None:
     os.kill(pid, signal.SIGTERM)
 
@@ -89,17 +98,20 @@ def nothing(pid: int) -> None:
 STEPS: dict[str, tuple[Callable[[int], None] | None, str | None]] = {
     "cover the native file": (None, None),
     "claim the file": (None, None),
-    "switch to the mode that is set": (None, None),
+    "watch": (nothing, None),
+    "switch to the mode that is set": (
+        close_the_native_knob,
+        "the native knob is 0 and not 1: processes that the mode allows are refused",
+    ),
     "await the mount": (None, None),
     "serve": (None, None),
-    "watch": (nothing, None),
     "pin again": (remove_a_pin, "counts is not pinned (No such file or directory)"),
     "close the native knob": (take_the_policy_away, "decide is not pinned (No such file or directory)"),
     "end": (end, None),
     "uncover the native file": (end, "the interface file does not answer: its server has died"),
 }
 #: Those of one that is.
-MANAGED = ("bind the socket", "give the descriptor away")
+MANAGED = ("bind the socket", "give the descriptor away", "keep the connection")
 
 
 def test_no_step_is_left_out() -> None:
@@ -144,8 +156,8 @@ def test_so_does_a_kill_of_a_server_that_its_service_manager_mounts(
 ) -> None:
     mark[0] = Killer.ARMED
     in_force("kvm")
-    pid = served(step, knob.serve_under_manager)
-    if step == "give the descriptor away":
+    pid = served(step, lambda: knob.serve_under_manager(Manager()))
+    if step != "bind the socket":
         until(knob.SOCKET.exists)
         mounter = forked(knob.mount)
         assert os.waitpid(mounter, 0)[1] != 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import fcntl
 import logging
 import os
 import re
@@ -11,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,12 +23,15 @@ from inside import USER, actor, force_knob, forked, hold_maps_only, uffdguard, u
 
 from uffdguard import cli, config, guard, knob, state
 from uffdguard.kernel import native
+from uffdguard.lock import locked
 from uffdguard.policy import Mode, Policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 FILE = native.FILE
+#: How many descriptors a service manager keeps: those of the connection and of the native knob.
+KEPT = 2
 KVM = "open:/dev/kvm"
 NATIVE = re.compile(r"[01]\n")
 
@@ -230,14 +236,55 @@ def test_stop_ends_the_server_and_the_native_file_is_seen(serving: int) -> None:
     assert actor(KVM, "syscall") == ["allowed", "EPERM"]
 
 
-@pytest.mark.parametrize("name", ["sh", r"\034CapEff:200000"])
-def test_who_has_no_cap_sys_admin_does_not_switch_the_mode(serving: int, log: Path, name: str) -> None:
-    """A sandbox with /proc/sys read-only gets the file writable when it is mounted later; its name is its own."""
-    write = f"printf '{name}' >/proc/self/comm; echo kvm >{FILE}"
-    sandbox = f"mount --rbind -o ro /proc/sys /proc/sys; setpriv --bounding-set -sys_admin sh -c {shlex.quote(write)}"
-    assert sh(f"unshare -m sh -c {shlex.quote(sandbox)}")[0] != 0
-    assert "has no CAP_SYS_ADMIN" in log.read_text()
+#: All are uid 0 of the machine, and none has CAP_SYS_ADMIN where it counts. The first has /proc/sys read-only, but what
+#: is mounted later comes in as it is; others map 0 to 0, and have all capabilities in their own namespace.
+STRANGERS = (
+    "unshare -m sh -c 'mount --rbind -o ro /proc/sys /proc/sys; setpriv --bounding-set -sys_admin sh -c \"$0\"' {}",
+    "setpriv --bounding-set -all,+setfcap --inh-caps -all unshare -Ur sh -c {}",
+    "unshare -Ur sh -c {}",
+    "setpriv --bounding-set -sys_admin --no-new-privs sh -c {}",
+)
+
+
+def test_only_who_has_cap_sys_admin_in_the_initial_user_namespace_switches_the_mode(serving: int, log: Path) -> None:
+    write = shlex.quote(f"echo kvm >{FILE}")
+    for stranger in STRANGERS:
+        status, _, said = sh(stranger.format(write))
+        assert (status != 0, "Operation not permitted" in said) == (True, True), (stranger, said)
+    assert log.read_text().count("has no CAP_SYS_ADMIN in the initial user namespace") == len(STRANGERS)
+    # A name that looks like another's, and a descriptor that somebody else has opened.
+    status, _, said = sh(f"printf '\\034x' >/proc/self/comm; {STRANGERS[3].format(shlex.quote('echo kvm'))} >{FILE}")
+    assert (status != 0, "Operation not permitted" in said) == (True, True)
+    # Whoever maps all ids has the capability there, and root of the machine has written the map.
+    assert os.waitpid(forked(write_under_a_full_map), 0)[1] == 0
     assert FILE.read_text() == "[disabled] enabled kvm\n"
+    # Not by the process but by the thread.
+    thread = threading.Thread(target=FILE.write_text, args=["kvm"])
+    thread.start()
+    thread.join()
+    assert FILE.read_text() == "disabled enabled [kvm]\n"
+
+
+def write_under_a_full_map() -> None:
+    """Be refused in a user namespace that maps all ids to themselves, with all its capabilities."""
+    (asks, ask), (goes, go) = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        native.drop_capabilities()
+        assert ctypes.CDLL(None).unshare(0x10000000) == 0  # CLONE_NEWUSER
+        os.write(ask, b"x")
+        os.read(goes, 1)
+        status = Path("/proc/self/status").read_text()
+        effective = int(re.findall(r"^CapEff:\t(.*)$", status, re.MULTILINE)[0], 16)
+        assert (os.getuid(), effective >> 21 & 1) == (0, 1)
+        with pytest.raises(PermissionError):
+            FILE.write_text("kvm")
+        os._exit(0)
+    os.read(asks, 1)
+    for name in ("uid_map", "gid_map"):
+        Path(f"/proc/{pid}/{name}").write_text("0 0 4294967295")
+    os.write(go, b"x")
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 @pytest.mark.parametrize("name", [b"\xff", b"\x1cx"])
@@ -299,21 +346,205 @@ def test_a_server_mends_a_native_knob_that_was_closed(in_force: Callable[..., No
     os.waitpid(pid, 0)
 
 
-def test_in_steps_as_a_service_manager_does_it(in_force: Callable[..., None]) -> None:
+class ServiceManager:
+    """Starts the server as systemd does, and keeps the descriptors that it is given, sd_notify(3)."""
+
+    def __init__(self, log: Path) -> None:
+        self.log = log
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind("\0manager")
+        self.socket.settimeout(60)
+        self.kept: dict[str, int] = {}
+
+    def start(self) -> int:
+        """Start a server, and return its pid once it has said what comes first: that it is ready."""
+        pid = forked(self.serve)
+        self.until_ready()
+        return pid
+
+    def serve(self) -> None:
+        os.dup2(os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+        sys.stderr = open(2, "w", buffering=1)  # noqa: SIM115
+        logging.root.handlers.clear()
+        os.environ["NOTIFY_SOCKET"] = "@manager"
+        if self.kept:
+            # In the way of each other otherwise.
+            copies = [fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in self.kept.values()]
+            for number, fd in enumerate(copies):
+                os.dup2(fd, 3 + number)
+                os.close(fd)
+            names = ":".join(self.kept)
+            os.environ |= {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": str(len(copies)), "LISTEN_FDNAMES": names}
+        # What the unit leaves to it, capset(2): CAP_SETGID.
+        header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)(1 << 6, 1 << 6)
+        assert ctypes.CDLL(None).capset(header, sets) == 0
+        knob.main()
+
+    def receive(self) -> str:
+        """Take a message, and do what it says."""
+        message, fds, *_ = socket.recv_fds(self.socket, 1000, 1)
+        word, _, name = message.decode().partition("\nFDNAME=")
+        if word == "FDSTORE=1":
+            (self.kept[name],) = fds
+        elif word == "FDSTOREREMOVE=1":
+            os.close(self.kept.pop(name))
+        return word
+
+    def until_ready(self) -> None:
+        while self.receive() != "READY=1":
+            pass
+
+    def close(self) -> None:
+        self.socket.close()
+        for fd in self.kept.values():
+            os.close(fd)
+
+
+@pytest.fixture
+def manager(in_force: Callable[..., None], log: Path) -> Iterator[ServiceManager]:
+    """A service manager whose server is mounted."""
     in_force("kvm")
+    manager = ServiceManager(log)
+    yield manager
+    if server := state.server():
+        os.kill(server, signal.SIGKILL)
+        os.waitpid(server, 0)
+    manager.close()
+    native.uncover()
+
+
+@contextlib.contextmanager
+def copied() -> Iterator[Path]:
+    """Give the path of the copy of the file in a mount namespace of its own."""
+    with subprocess.Popen(["unshare", "-m", "sleep", "1000"]) as process:
+        ours = Path("/proc/self/ns/mnt")
+        try:
+            until(lambda: not Path(f"/proc/{process.pid}/ns/mnt").samefile(ours))
+            yield Path(f"/proc/{process.pid}/root{FILE}")
+        finally:
+            process.kill()
+
+
+def covers() -> list[str]:
+    return [line for line in native.MOUNTS.read_text().splitlines() if native.COVER in line]
+
+
+def test_copies_of_the_file_outlive_its_server(manager: ServiceManager) -> None:
     assert "no server waits to be mounted" in uffdguard("knob", "mount").err
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as manager:
-        manager.bind("\0manager")
-        command = subprocess.Popen(
-            [Path(sys.executable).with_name("uffdguard"), "knob", "serve"], env={"NOTIFY_SOCKET": "@manager"}
-        )
-        assert manager.recv(100) == b"READY=1"
+    pid = manager.start()
     assert uffdguard("knob", "mount").status == 0
+    manager.until_ready()
+    assert len(manager.kept) == KEPT
+    line = "disabled enabled [kvm]\n"
+    mounted = covers()
+    with copied() as copy:
+        assert copy.read_text() == FILE.read_text() == line
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        # Nobody answers; a question waits, and a start takes nothing away.
+        assert state.status().interface == "dead"
+        waiting = forked(lambda: reads(copy, line))
+        assert uffdguard("start").status == 0
+        assert covers() == mounted
+        pid = manager.start()
+        assert os.waitpid(waiting, 0)[1] == 0
+        assert uffdguard("knob", "mount").status == 0
+        assert copy.read_text() == FILE.read_text() == line
+        # So does a restart, and the copy is as good as the file.
+        os.kill(pid, signal.SIGTERM)
+        assert os.waitpid(pid, 0)[1] == 0
+        manager.start()
+        assert (covers(), state.status().problems) == (mounted, [])
+        copy.write_text("enabled")
+        assert FILE.read_text() == "disabled [enabled] kvm\n"
+        with pytest.raises(OSError, match="Invalid"):
+            copy.write_text("kmv")
+        # A stop is the end of all.
+        assert guard.stop()
+        assert NATIVE.fullmatch(FILE.read_text())
+        manager.close()
+        with pytest.raises(OSError, match=r"not connected|abort"):
+            copy.read_text()
+
+
+def reads(path: Path, text: str) -> None:
+    assert path.read_text() == text
+
+
+def test_what_is_kept_is_given_up_where_it_is_of_no_use(manager: ServiceManager) -> None:
+    def begin() -> int:
+        pid = manager.start()
+        assert uffdguard("knob", "mount").status == 0
+        manager.until_ready()
+        return pid
+
+    pid = begin()
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    # Uncovered meanwhile: a mount is not made again from a connection.
+    native.uncover()
+    with copied():
+        pid = begin()
+        assert len(manager.kept) == KEPT
+        assert FILE.read_text() == "disabled enabled [kvm]\n"
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        # A server that cannot begin lets nobody wait for an answer.
+        state.LOADED.rename(state.LOADED.with_name("aside"))
+        pid = forked(manager.serve)
+        assert os.waitpid(pid, 0)[1] != 0
+        while manager.kept:
+            assert manager.receive() == "FDSTOREREMOVE=1"
+        state.LOADED.with_name("aside").rename(state.LOADED)
+        with pytest.raises(OSError, match=r"not connected|abort"):
+            FILE.read_text()
+        assert uffdguard("start").status == 0
+        assert NATIVE.fullmatch(FILE.read_text())
+
+
+def test_who_waits_for_a_server_that_is_killed_meanwhile_is_told(manager: ServiceManager) -> None:
+    """Others have the connection, and would not know that it was read and not answered."""
+    manager.start()
+    assert uffdguard("knob", "mount").status == 0
+    manager.until_ready()
+    server = state.server()
+    assert server
+    with locked():
+        writer = forked(lambda: FILE.write_text("enabled"))
+        until(lambda: re.search("lock|nanosleep", Path(f"/proc/{server}/wchan").read_text()))
+        os.kill(server, signal.SIGKILL)
+        assert os.waitpid(writer, 0)[1] != 0
+    os.waitpid(server, 0)
+    manager.start()
     assert FILE.read_text() == "disabled enabled [kvm]\n"
-    command.terminate()
-    assert command.wait() == 0
-    assert uffdguard("knob", "unmount").status == 0
-    assert FILE.read_text() == "1\n"
+
+
+def test_the_watch_closes_the_native_knob_where_that_protects_and_comes_back_by_itself(
+    in_force: Callable[..., None], silence: Callable[[bool], None], log: Path
+) -> None:
+    FILE.write_text("1\n")
+    in_force("kvm")
+    pid = forked(lambda: uffdguard_knob(log))
+    until(lambda: NATIVE.fullmatch(FILE.read_text()) is None)
+    settings = [("kvm", False, True), ("disabled", False, True), ("enabled", False, False), ("kvm", True, False)]
+    for number, (mode, audit, closed) in enumerate(settings, 1):
+        in_force(mode, audit=audit)
+        before = native.read_knob()
+        assert before == (mode != "disabled")
+        silence(True)
+        began = time.monotonic()
+        until(lambda number=number: log.read_text().count("does not refuse any more") == number)  # type: ignore[misc]
+        print(f"{mode}{' in audit' * audit}: seen after {time.monotonic() - began:.1f} s")
+        assert time.monotonic() - began < 5  # a second, on a machine that is emulated
+        assert native.read_knob() == (0 if closed else 1)
+        assert f"[{mode}]" in FILE.read_text()
+        silence(False)
+        until(lambda number=number: log.read_text().count("refuses again") == number)  # type: ignore[misc]
+        assert native.read_knob() == before
+    assert "the native knob stays as it is, for the policy lets all pass" in log.read_text()
+    assert log.read_text().count("\n") == 2 * len(settings) + log.read_text().count("audit")
+    os.kill(pid, signal.SIGTERM)
+    assert os.waitpid(pid, 0)[1] == 0
 
 
 class TestKilled:
@@ -396,8 +627,9 @@ class TestSecondReferences:
         began = time.monotonic()
         until(lambda: native.read_knob() == 0)
         assert time.monotonic() - began < 5  # a second, on a machine that is emulated
-        os.waitpid(pid, 0)
         assert "the policy does not refuse any more" in log.read_text()
+        os.kill(pid, signal.SIGTERM)
+        assert os.waitpid(pid, 0)[1] == 0
         assert FILE.read_text() == "0\n"
 
 

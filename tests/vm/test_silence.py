@@ -72,20 +72,6 @@ def ftrace_off() -> Iterator[None]:
     FTRACE.write_text("1\n")
 
 
-@pytest.fixture
-def silence(variant: Callable[..., None]) -> Callable[[bool], None]:
-    """Return a function that lets `decide` decide nothing any more, though it is attached, and decide again."""
-    variant("\tif (ret)\n\t\treturn ret;\n", "\tif (ret || enforcement.room[0])\n\t\treturn ret;\n")
-
-    def silence(wanted: bool) -> None:
-        with part("enforcement") as fd:
-            kept = libbpf.read(fd, layout.Enforcement)
-            kept.room[0] = wanted
-            libbpf.write(fd, kept)
-
-    return silence
-
-
 class TestTheGuardOfSysctls:
     @pytest.mark.parametrize("mode", Mode)
     def test_refuses_to_switch_tracing_off(self, in_force: Callable[..., None], mode: Mode) -> None:

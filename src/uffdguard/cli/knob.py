@@ -26,7 +26,10 @@ def command(ctx: click.Context) -> None:
 
 @command.command("serve")
 def serve() -> None:
-    """Serve the file; mount, run by somebody who may, mounts it. Tells $NOTIFY_SOCKET when it can be mounted."""
+    """Serve the file; mount, run by somebody who may, mounts it. Tells $NOTIFY_SOCKET when it can be mounted.
+
+    A service manager that keeps descriptors, sd_notify(3), has the next server go on with the same mount.
+    """
     from uffdguard import knob
 
     knob.main()
@@ -34,7 +37,7 @@ def serve() -> None:
 
 @command.command("mount")
 def mount() -> None:
-    """Cover the native file by the one of the server that waits for it."""
+    """Cover the native file by the one of the server that waits for it, and see that it answers."""
     from uffdguard import knob
 
     knob.mount()

@@ -592,14 +592,23 @@ int seed(struct bpf_iter__task_file *ctx)
 	return 0;
 }
 
-/* The threads that may change the policy, by their numbers in the initial pid namespace. */
+static __always_inline int administers(const struct cred *cred)
+{
+	return has_capability(cred, CAP_SYS_ADMIN) && cred->user_ns->level == 0;
+}
+
+/*
+ * The threads that may change the policy, by their numbers in the initial pid namespace. Not the kernel's own, which act
+ * for others. Both credentials must do: an overlay file system acts for its user by those of whoever mounted it, and a
+ * worker of io_uring, which has those of an earlier time, by those of the request.
+ */
 SEC("iter/task")
 int administrators(struct bpf_iter__task *ctx)
 {
 	struct task_struct *task = ctx->task;
 	int tid;
 
-	if (!task || !has_capability(task->cred, CAP_SYS_ADMIN) || task->cred->user_ns->level != 0)
+	if (!task || !task->mm || !administers(task->real_cred) || !administers(task->cred))
 		return 0;
 	tid = task->pid;
 	bpf_seq_write(ctx->meta->seq, &tid, sizeof(tid));

@@ -16,6 +16,7 @@ import enum
 import errno
 import os
 import stat
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,11 +133,39 @@ def cover(fuse: int) -> None:
         raise error
 
 
-def is_covered() -> bool:
-    """Tell whether a file of ours covers the native one; does not ask its server, who may be dead or stopped."""
+def cover_device() -> str | None:
+    """Return the device number, as "0:53", of the file of ours that covers the native one, or None where none does.
+
+    Does not ask its server, who may be dead or stopped.
+    """
     # In the names that others gave, the kernel escapes only newline, blank, tab and backslash.
     rows = (line.split(b" ") for line in MOUNTS.read_bytes().split(b"\n")[:-1])
-    return any((row[4], row[row.index(b"-", 6) + 1]) == (bytes(FILE), COVER.encode()) for row in rows)
+    found = [row[2] for row in rows if (row[4], row[row.index(b"-", 6) + 1]) == (bytes(FILE), COVER.encode())]
+    return found[-1].decode() if found else None
+
+
+def is_covered() -> bool:
+    """Tell whether a file of ours covers the native one."""
+    return cover_device() is not None
+
+
+def is_deserted() -> bool:
+    """Tell whether what covers the native file will not answer any more: nobody has its connection, fuse(4).
+
+    While its server is away, and a service manager has it, a call waits, and so do we: a second at most.
+    """
+    failures: list[OSError] = []
+
+    def ask() -> None:
+        try:
+            os.statvfs(FILE)
+        except OSError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(1)
+    return bool(failures)
 
 
 def uncover() -> None:
