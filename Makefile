@@ -8,7 +8,7 @@ KERNEL ?= 6.12
 # The suites for a kernel on which the policy can be in force.
 SUITES = tests/vm tests/clients
 
-DEBIAN_PACKAGES = busybox-static chromium clang crun file groff-base kmod libbpf-dev libc6-dev libfuse3-3 podman procps \
+DEBIAN_PACKAGES = busybox-static chromium clang crun file groff-base kmod libbpf-dev libc6-dev podman procps \
 	prometheus python3-venv qemu-system-x86 stress-ng systemd xz-utils
 
 # What `make deb` and `make test-boot` need on top.

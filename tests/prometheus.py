@@ -24,7 +24,7 @@ DASHBOARD: dict[str, Any] = json.loads((PACKAGING / "grafana/uffdguard.json").re
 #: How often it scrapes and evaluates the rules, in seconds.
 INTERVAL = 1
 #: What the hardened unit of docs/seeing.md leaves the exporter.
-CONFINED = ("setpriv", "--bounding-set=-all,+sys_admin", "--inh-caps=-all", "--no-new-privs")
+CONFINED = ("setpriv", "--bounding-set=-all,+sys_admin,+dac_override", "--inh-caps=-all", "--no-new-privs")
 #: What Grafana would put in place of its variables; a rate is over four scrapes or more there.
 VARIABLES = {"$instance": ".*", "$__rate_interval": f"{12 * INTERVAL}s"}
 

@@ -1,4 +1,7 @@
-"""Decisions as they happen: read what the kernel side tells of each, and give it names."""
+"""What happens, as it happens: read what the kernel side records of each event, and give it names.
+
+No file system is asked that a process can choose or make: it need never answer, and who waits for it cannot be killed.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +30,19 @@ CGROUPS = Path("/sys/fs/cgroup")
 FILEID_KERNFS = 0xFE  # include/linux/exportfs.h
 #: Seconds after which an event whose number is taken, and which is not there, counts as lost.
 PATIENCE = 2.0
+#: Nanoseconds for which a pid is taken for the process that the event is of.
+FRESH = 5_000_000_000
+#: The value that was asked for is no number.
+NO_NUMBER = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
 class Event:
     """A decision, as it was taken. The names are those of ``watch --json``.
 
-    Names that others chose have escapes for what does not print, see :func:`uffdguard.errors.one_line`.
+    Names that others chose have escapes for what does not print, see :func:`uffdguard.errors.one_line`. The command
+    and the executable are the process's own word and prove nothing: it can give itself any name, and in a user
+    namespace of its own any file as its executable (PR_SET_MM_MAP of prctl(2)). All else is the kernel's.
     """
 
     time: str  # local, ISO 8601 with microseconds
@@ -46,7 +55,7 @@ class Event:
     owner: int
     initial_user_namespace: bool
     command: str
-    #: The path of the executable; its file's name where the process had ended, or that path is another file for us.
+    #: A path in the mounts of the process, see :func:`executable_of`; its file's name where that is all that is known.
     executable: str
     exe_device: str  # MAJOR:MINOR
     exe_inode: int
@@ -73,16 +82,94 @@ class Event:
 
 
 @dataclass(frozen=True)
+class SysctlWrite:
+    """A write to a sysctl that was refused. The names are those of ``watch --json``; those of Event mean the same."""
+
+    time: str
+    pid: int
+    tid: int
+    uid: int
+    gid: int
+    user: str
+    command: str
+    executable: str
+    cgroup: str
+    unit: str
+    #: Its name, as sysctl(8) has it: one of layout.SYSCTLS.
+    sysctl: str
+    value: int | None  # that was asked for; None: no number
+    mode: Mode
+    verdict: Literal["refused"] = "refused"
+
+    @property
+    def setting(self) -> str:
+        """What was asked for, e.g. ``kernel.ftrace_enabled = 0``."""
+        return self.sysctl if self.value is None else f"{self.sysctl} = {self.value}"
+
+    @property
+    def why(self) -> str:
+        """Why it was refused, and what to do."""
+        if self.sysctl == layout.SYSCTLS[0]:
+            return (
+                "it would switch the policy off without a trace; take it out of sysctl.d, or run uffdguard stop first"
+            )
+        return f"mode {self.mode} wants {self.mode.native_value}; switch the mode with uffdguard mode"
+
+    @property
+    def line(self) -> str:
+        """What happened, why, and what to do, in one line."""
+        return f"sysctl {self.setting} refused: {self.command}, pid {self.pid}, user {self.user}; {self.why}"
+
+
+@dataclass(frozen=True)
+class Notice:
+    """The policy in force does not answer any more, or answers again. The names are those of ``watch --json``."""
+
+    time: str
+    answers: bool
+
+    @property
+    def line(self) -> str:
+        """What happened, and what to do, in one line."""
+        if self.answers:
+            return "the policy answers again"
+        return "the policy does not answer: it refuses nobody, and the native knob alone decides; see uffdguard status"
+
+
+Entry = Event | SysctlWrite | Notice
+
+
+def notices(previous: int, current: int) -> list[Notice]:
+    """Return what has changed between two looks at ``unanswered_since`` of the kernel side.
+
+    :param previous: ns since boot; 0: the policy answered.
+    """
+    if previous == current:
+        return []
+    again = [Notice(local_time(time.clock_gettime_ns(time.CLOCK_BOOTTIME)), answers=True)] if previous else []
+    return again + ([Notice(local_time(current), answers=False)] if current else [])
+
+
+@dataclass(frozen=True)
 class Batch:
     """What is new since the last look."""
 
-    events: list[Event]
+    entries: list[Entry]
     suppressed: int  # over a limit
     lost: int  # overwritten before they were read, or of another version's kernel side with words that we have not
 
+    @property
+    def events(self) -> list[Event]:
+        """The decisions alone."""
+        return [entry for entry in self.entries if isinstance(entry, Event)]
+
+    def shown(self, *, everything: bool) -> list[Entry]:
+        """Return the entries, those of allowed decisions only with EVERYTHING."""
+        return [entry for entry in self.entries if everything or getattr(entry, "verdict", "") != "allowed"]
+
 
 class Stream:
-    """The events of the policy in force, each once.
+    """What happens to the policy in force, each event once.
 
     Nothing is held between two looks: the policy may be stopped, started and replaced meanwhile.
 
@@ -98,6 +185,7 @@ class Stream:
         self._suppressed: int | None = None
         #: Since when the next one is waited for.
         self._waiting: float | None = None
+        self._unanswered = 0
 
     def read(self) -> Batch:
         """Return what is new.
@@ -139,8 +227,10 @@ class Stream:
                 self.last = number
         before, self._suppressed = self._suppressed, suppressed
         more = 0 if before is None else suppressed - before
-        events = [event for event in map(event_of, records) if event]
-        return Batch(events, more, lost + len(records) - len(events))
+        entries: list[Entry] = [entry for entry in map(entry_of, records) if entry]
+        lost += len(records) - len(entries)
+        was, self._unanswered = self._unanswered, unanswered_since()
+        return Batch([*entries, *notices(was, self._unanswered)], more, lost)
 
     def _is_overdue(self) -> bool:
         now = time.monotonic()
@@ -148,8 +238,46 @@ class Stream:
         return now - self._waiting > PATIENCE
 
 
+def unanswered_since() -> int:
+    """Return since when the policy in force does not answer, in ns since boot; 0: it answers."""
+    with contextlib.suppress(OSError):
+        fd = libbpf.get(state.PINS / "enforcement")
+        try:
+            return int(libbpf.read(fd, layout.Enforcement).unanswered_since)
+        finally:
+            os.close(fd)
+    return 0
+
+
+def entry_of(record: layout.Event) -> Event | SysctlWrite | None:
+    """Give names to what the kernel side has recorded; None: one of its words is not known."""
+    return sysctl_write_of(record) if record.sysctl else event_of(record)
+
+
+def sysctl_write_of(record: layout.Event) -> SysctlWrite | None:
+    """Give names to a refused write of a sysctl; None: one of its words is not known."""
+    if record.sysctl > len(layout.SYSCTLS) or record.mode >= len(layout.MODES):
+        return None
+    cgroup = one_line(cgroup_of(record.cgroup))
+    return SysctlWrite(
+        time=local_time(record.time),
+        pid=record.pid,
+        tid=record.tid,
+        uid=record.uid,
+        gid=record.gid,
+        user=user_of(record.uid),
+        command=one_line(record.command.decode(errors="backslashreplace")),
+        executable=one_line(executable_of(record)),
+        cgroup=cgroup,
+        unit=unit(cgroup),
+        sysctl=layout.SYSCTLS[record.sysctl - 1],
+        value=None if record.flags == NO_NUMBER else record.flags,
+        mode=layout.MODES[record.mode],
+    )
+
+
 def event_of(record: layout.Event) -> Event | None:
-    """Give names to what the kernel side has told; None: one of its words is not known."""
+    """Give names to a decision; None: one of its words is not known."""
     if record.reason > len(layout.REASONS) or record.way >= len(layout.WAYS) or record.mode >= len(layout.MODES):
         return None
     native = record.reason == len(layout.REASONS)
@@ -197,21 +325,19 @@ def flags_of(flags: int) -> list[str]:
 
 
 def executable_of(record: layout.Event) -> str:
-    """Return the path of what the process ran, if that is the same file for us; else the file's name.
+    """Return the path that the process says it runs, if it ends in the name that was recorded; else that name.
 
-    A process has mounts of its own, in which it can give its program any path.
+    The kernel itself tells where /proc/PID/exe leads. What is there, in mounts that the process made, is not looked at:
+    the answer could take for ever.
     """
-    name: str = record.executable.decode(errors="backslashreplace")
-    process = Path("/proc", str(record.pid))
-    try:
-        # proc(5): its start is the 22nd field, in ticks since boot; the second may have blanks and parentheses.
-        ticks = int((process / "stat").read_bytes().rpartition(b")")[2].split()[19])
-        path = (process / "exe").readlink()
-        found = (process / "exe").stat()
-        same = os.path.samestat(found, path.stat()) and found.st_ino == record.exe_inode
-    except (OSError, IndexError):
-        return name
-    return str(path) if same and ticks * 10**9 // os.sysconf("SC_CLK_TCK") <= record.time else name
+    name: bytes = record.executable
+    if time.clock_gettime_ns(time.CLOCK_BOOTTIME) - record.time < FRESH:
+        with contextlib.suppress(OSError):
+            path = str(Path("/proc", str(record.pid), "exe").readlink()).removesuffix(" (deleted)")
+            # The kernel side has as much of a name as there is room for, and a byte for its end.
+            if os.fsencode(Path(path).name)[: layout.Event.executable.size - 1] == name:
+                return path
+    return name.decode(errors="backslashreplace")
 
 
 class Handle(ctypes.Structure):

@@ -8,7 +8,6 @@ it was seen to refuse, and the native knob is relaxed last and closed first.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import select
 import signal
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from uffdguard import proof
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, layout, libbpf, native
+from uffdguard.lock import locked
 from uffdguard.policy import Mode, Policy, Reason, decide
 from uffdguard.proof import Asker
 from uffdguard.state import (
@@ -43,13 +43,11 @@ from uffdguard.state import (
 from uffdguard.steps import Steps, log, write
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 #: The steps of start, mode and stop.
 STEPS = Steps(
     (
-        "mount procfs",
         "mount bpffs",
         "record the native knob",
         "load",
@@ -72,50 +70,13 @@ STEPS = Steps(
         "uncover the native file",
         *(f"unpin {part}" for part in reversed(PARTS)),
         "restore the native knob",
-        "unmount procfs",
+        "remove the records",
     )
 )
 step = STEPS.take
 
 #: Of all users together.
 EVENTS_PER_SECOND = 1000
-
-
-@contextlib.contextmanager
-def locked(*, wait: bool = True) -> Iterator[None]:
-    """Be the only one who changes anything: an flock(2) on /run/uffdguard, which is made if it is missing.
-
-    :raises BlockingIOError: another one is, and WAIT is not wanted.
-    """
-    fd = _lock(fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    try:
-        yield
-    finally:
-        # By the holder alone and before the lock is released: who removes a directory that another has locked lets
-        # a third make and lock a new one.
-        _remove_if_empty(native.RUN)
-        os.close(fd)
-
-
-def _lock(how: int) -> int:
-    while True:
-        with contextlib.suppress(FileExistsError):
-            native.RUN.mkdir(mode=0o700)
-        try:
-            fd = os.open(native.RUN, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-        except FileNotFoundError:
-            continue
-        try:
-            fcntl.flock(fd, how)
-        except BlockingIOError:
-            os.close(fd)
-            raise
-        # Its holder may have removed the directory while we waited.
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(fd), native.RUN.lstat()):
-                os.fchmod(fd, 0o700)
-                return fd
-        os.close(fd)
 
 
 class Started(NamedTuple):
@@ -155,8 +116,8 @@ def start(
             mode=mode or (current or configured).mode, audit=_wanted_audit(configured, current, audit)
         )
         native.check_mode(wanted.mode)
-        if native.is_covered() and not server() and native.is_deserted():
-            native.uncover()  # what a server that has died left
+        if not native.is_covered() or (not server() and native.is_deserted()):
+            native.uncover()  # what a server that has died left, or who covered the file and was killed
         knob = held.enter_context(native.Knob())
         ours = found.has("decide") or LOADED.exists()
         if not (ours and FOUND.exists()):
@@ -261,6 +222,8 @@ def _await_server() -> None:
         return
     with locked(), contextlib.ExitStack() as undo:
         _mount(undo)
+        if not foreign_pins():
+            native.make_own(PINS)  # which the server may not
         undo.pop_all()
     end = time.monotonic() + 5
     while time.monotonic() < end:
@@ -289,22 +252,22 @@ def _end_server() -> None:
 
 
 def _mount(undo: contextlib.ExitStack) -> None:
-    """Make sure that our procfs is mounted, and a bpffs that can be written: one that cannot opens no pin either."""
+    """Make sure that a bpffs is mounted that can be written: one that cannot opens no pin either."""
     try:
-        if not native.PROC.is_mount():
-            step("mount procfs")
-            native.PROC.mkdir(mode=0o700, exist_ok=True)
-            undo.callback(_remove_if_empty, native.PROC)
-            native.mount("proc", native.PROC)
-            undo.callback(native.unmount, native.PROC)
         if not native.is_bpffs(native.BPFFS):
             step("mount bpffs")
-            native.mount("bpf", native.BPFFS)
+            native.mount("bpf", native.BPFFS, "mode=0700")  # else everybody may make directories there
             undo.callback(native.unmount, native.BPFFS)
         elif native.is_read_only(native.BPFFS):
             step("mount bpffs")
             native.remount(native.BPFFS, read_only=False)
             undo.callback(native.remount, native.BPFFS, read_only=True)
+        # After an older version, or a kill.
+        if PINS.is_dir() and not foreign_pins():
+            native.make_own(PINS)
+        if (native.RUN / "proc").exists():
+            native.unmount(native.RUN / "proc")
+            _remove_if_empty(native.RUN / "proc")
     except OSError as error:
         raise Failure(
             f"cannot mount {error.filename}: {error.strerror}", "run it on the host itself, with CAP_SYS_ADMIN"
@@ -480,7 +443,7 @@ def _count_native(fds: dict[str, int], wanted: bool, undo: contextlib.ExitStack)
 
 def _pin(part: str, fd: int, older: int | None, undo: contextlib.ExitStack) -> None:
     """Pin FD as PART, in the place of the OLDER."""
-    PINS.mkdir(mode=0o700, exist_ok=True)
+    native.make_own(PINS)
     undo.callback(_remove_if_empty, PINS)
     place = PINS / part
     _pin_at(place, fd)
@@ -495,6 +458,7 @@ def _pin_at(place: Path, fd: int) -> None:
     fresh = place.with_name(f"new-{place.name}")
     fresh.unlink(missing_ok=True)
     libbpf.pin(fd, fresh)
+    fresh.chmod(0o600)
     fresh.rename(place)
 
 
@@ -505,8 +469,6 @@ def set_mode(mode: Mode) -> Policy:
     """
     native.need_root("switches the mode")
     with locked(), pinned() as found:
-        if not native.PROC.is_mount():
-            found.problems.append(f"no procfs is mounted on {native.PROC}")
         if not found.complete:
             if not found.pins:
                 raise not_in_force()
@@ -557,7 +519,7 @@ def stop() -> bool:
     native.need_root("takes the policy out of force")
     with locked(), contextlib.ExitStack() as undo:
         left = sorted(PINS.iterdir()) if PINS.is_dir() and not foreign_pins() else []
-        if not (left or FOUND.exists() or native.PROC.exists() or LOADED.exists()):
+        if not (left or any(native.RUN.iterdir()) or native.VISIBLE_PROC.parent.exists()):
             return False
         _mount(undo)
         undo.pop_all()
@@ -588,13 +550,10 @@ def stop() -> bool:
             # Only a 1 that was found opens it; what cannot be read does not.
             native.write_knob(found_knob(otherwise=0))
             FOUND.unlink()
+        step("remove the records")
         # The server's files, and what a kill has left.
         for path in native.RUN.iterdir():
-            if path != native.PROC:
-                path.unlink()
-        step("unmount procfs")
-        native.unmount(native.PROC)
-        native.PROC.rmdir()
+            path.unlink()
         return True
 
 

@@ -69,8 +69,21 @@ def setting_of(found: state.Pinned) -> Setting:
     if policy is None and (found.pins or state.server()):
         problems = ", ".join(found.problems) or "its map cannot be read"
         raise Failure(f"the policy is damaged: {problems}", "run uffdguard start")
-    # Without our procfs, and with the file in /proc covered, there is no way to the knob.
-    return Setting(policy, native.read_knob() if native.PROC.is_mount() or not native.is_covered() else None)
+    try:
+        return Setting(policy, native.read_knob())
+    except Failure:
+        return Setting(policy, None)
+
+
+def answered(found: state.Pinned) -> Setting:
+    """Return what is in force, and has answered.
+
+    :raises Failure: it has not, or it cannot be told.
+    """
+    setting = setting_of(found)
+    if setting.policy and (reason := state.ask(found, setting.policy).policy):
+        raise state.not_in_force(reason)
+    return setting
 
 
 def blindness() -> Failure | None:
@@ -98,7 +111,7 @@ def looking() -> Iterator[tuple[Setting, libbpf.Object]]:
             layout.check_records(obj)
             # Not for longer: a descriptor of a link keeps its program deciding.
             with state.pinned() as found:
-                setting = setting_of(found)
+                setting = answered(found)
                 if setting.policy:
                     obj.reuse("grants", found.fds["grants"])
                 obj.load()
@@ -308,7 +321,7 @@ def visible_setting() -> Setting:
     failure = blindness()
     if failure is None:
         with state.pinned() as found:
-            return setting_of(found)
+            return answered(found)
     if native.is_covered():
         line = native.FILE.read_text()
         return Setting(Policy(Mode(line.split("[")[1].split("]")[0])), None, option=False)

@@ -1,6 +1,6 @@
 """Put what belongs to a running system in place, and take away exactly that: units, configuration, pages, completion.
 
-For who installed the wheel; a distribution's package has its own ways.
+For an installation from the wheel; a distribution's package has its own ways.
 """
 
 from __future__ import annotations
@@ -10,19 +10,18 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from uffdguard import config
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, native
+from uffdguard.policy import Mode
 from uffdguard.steps import Steps, beside, write
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-    from uffdguard.policy import Mode
 
 #: What was put in place: each path with the hash of what was written there.
 MANIFEST = Path("/var/lib/uffdguard/installed.json")
@@ -32,7 +31,9 @@ COMPLETION = Path("/usr/local/share/bash-completion/completions/uffdguard")
 #: The command that a distribution's package has, and that the units in the source name.
 PACKAGED = "/usr/bin/uffdguard"
 
-NAMES = ("uffdguard.service", "uffdguard-knob.service", "uffdguard-log.service")
+ENABLED = ("uffdguard.service", "uffdguard-knob.service", "uffdguard-log.service")
+#: The last is started by a failure of the first.
+NAMES = (*ENABLED, "uffdguard-fallback.service")
 
 #: The steps of install and uninstall.
 STEPS = Steps(
@@ -47,6 +48,17 @@ STEPS = Steps(
     )
 )
 step = STEPS.take
+
+
+class Installed(NamedTuple):
+    """Which mode an install leaves for the next boot."""
+
+    #: In the default configuration, which is what install writes.
+    mode: Mode
+    #: What an earlier install had written there; None: there was none.
+    before: Mode | None
+    #: What all configuration files together say.
+    at_boot: Mode
 
 
 def shared() -> Path:
@@ -69,21 +81,27 @@ def files(command: Path, mode: Mode, completion: str) -> Iterator[tuple[Path, st
     yield config.DEFAULT, f'# Put here by uffdguard install; {config.ADMINISTRATOR} wins.\nmode = "{mode}"\n'
 
 
-def install(command: Path, mode: Mode, completion: str) -> None:
+def install(command: Path, mode: Mode | None, completion: str) -> Installed:
     """Put everything in place, in the stead of what an earlier install put there, and enable the units.
 
-    :raises Failure: the kernel is too old, or a file is there that is not ours or was changed since; nothing is
-        changed then.
+    :param mode: of the default configuration; None keeps what an earlier install wrote, else ``disabled``.
+    :raises Failure: the kernel is too old, a file is there that is not ours or was changed since, or a configuration
+        file is wrong, so that the next boot could not start; nothing is changed then.
     """
     native.need_root("installs")
     features.require(features.kernel)
-    native.check_mode(mode)
     known = _manifest()
-    wanted = dict(files(command, mode, completion))
-    there = [path for path in wanted if path.exists()]
+    # Which files there are does not depend on the mode.
+    there = [path for path, _ in files(command, Mode.DISABLED, completion) if path.exists()]
     foreign = [str(path) for path in there if _hash(path.read_bytes()) not in known.get(str(path), [])]
     if foreign:
         raise Failure(f"not put there by us, or changed since: {', '.join(foreign)}", "move it away and run it again")
+    config.load()
+    before = config.read(config.DEFAULT).mode if config.DEFAULT in there else None
+    before = None if before is msgspec.UNSET else before
+    mode = mode or before or Mode.DISABLED
+    native.check_mode(mode)
+    wanted = dict(files(command, mode, completion))
     hashes = {str(path): _hash(text.encode()) for path, text in wanted.items()}
     # At any time each file is there, the older or the newer, and listed: what is not would be somebody's.
     step("list the files")
@@ -96,7 +114,8 @@ def install(command: Path, mode: Mode, completion: str) -> None:
     _list(known | {name: [newer] for name, newer in hashes.items()})
     step("enable the units")
     _systemctl("daemon-reload")
-    _systemctl("enable", *NAMES)
+    _systemctl("enable", *ENABLED)
+    return Installed(mode, before, config.load().policy.mode)
 
 
 def uninstall() -> list[str]:
@@ -110,7 +129,7 @@ def uninstall() -> list[str]:
     if not known:
         raise Failure("nothing was put in place by uffdguard install", "a package is removed by apt")
     step("disable the units")
-    _systemctl("disable", "--now", *NAMES)
+    _systemctl("disable", "--now", *ENABLED)
     left = []
     for name, written in known.items():
         step("remove a file")

@@ -1,4 +1,4 @@
-"""Events in the journal: the structured fields of systemd-journald's native protocol, systemd.journal-fields(7)."""
+"""What happens, in the journal: structured fields of systemd-journald's native protocol, systemd.journal-fields(7)."""
 
 from __future__ import annotations
 
@@ -7,36 +7,54 @@ import fcntl
 import os
 import time
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import msgspec
 
 from uffdguard import events
 from uffdguard.errors import Failure
-from uffdguard.events import Event
+from uffdguard.events import Event, Notice, SysctlWrite
 from uffdguard.kernel import native
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from uffdguard.events import Entry
+
 #: The map and the number of the newest event that is in the journal; locked by who writes there.
 WRITTEN = native.RUN / "log"
 
-#: What tells our entries from all others: one for an event, one for events of which only the number is known.
+Kind = TypeVar("Kind", Event, SysctlWrite)
+
+#: What tells our entries from all others: one for each kind, one for events of which only the number is known.
 EVENT_ID = "6d0f1ab5c49b4d3b8f0d6a2b2f7c1e90"
+SYSCTL_ID = "c2f6d1f0a1d24e6c9a7e4b0d5c83e1a4"
+NOTICE_ID = "e81b7c5d90f3486ab2d46f17c3a9058e"
+IDS: dict[type[Entry], str] = {Event: EVENT_ID, SysctlWrite: SYSCTL_ID, Notice: NOTICE_ID}
 MISSING_ID = "b7c9a3f24e5d4f0f9a40d2c8b1e6d753"
 PREFIX = "UFFDGUARD_"
 
 
-def of_event(event: Event) -> dict[str, str]:
-    """Return the journal's fields for EVENT: each of its names, in capitals, behind UFFDGUARD_."""
-    found = {"MESSAGE": event.line, "MESSAGE_ID": EVENT_ID, "PRIORITY": "5" if event.verdict == "refused" else "6"}
-    for field in fields(Event):
-        value = getattr(event, field.name)
+def of_entry(entry: Entry) -> dict[str, str]:
+    """Return the journal's fields for ENTRY: each of its names, in capitals, behind UFFDGUARD_."""
+    found = {"MESSAGE": entry.line, "MESSAGE_ID": IDS[type(entry)], "PRIORITY": priority(entry)}
+    for field in fields(entry):
+        value = getattr(entry, field.name)
         if isinstance(value, bool):
             value = "yes" if value else "no"
+        elif value is None:
+            value = ""
         found[PREFIX + field.name.upper()] = "|".join(value) if isinstance(value, tuple) else str(value)
     return found
+
+
+def priority(entry: Entry) -> str:
+    """Return how urgent ENTRY is, as syslog(3) has it."""
+    if isinstance(entry, Event):
+        return "5" if entry.verdict == "refused" else "6"
+    if isinstance(entry, SysctlWrite):
+        return "4"
+    return "5" if entry.answers else "2"
 
 
 def of_missing(suppressed: int, lost: int) -> dict[str, str]:
@@ -51,7 +69,7 @@ def of_missing(suppressed: int, lost: int) -> dict[str, str]:
 
 
 def follow(*, everything: bool) -> NoReturn:
-    """Write events to the journal for as long as a policy is in force.
+    """Write what happens to the journal for as long as a policy is in force.
 
     :param everything: the allowed ones, too.
     :raises Failure: no policy is in force, there is no journal, or another writes there.
@@ -72,12 +90,11 @@ def follow(*, everything: bool) -> NoReturn:
         journal = JournaldTransport()
         while True:
             batch = stream.read()
-            for event in batch.events:
-                if everything or event.verdict == "refused":
-                    journal.send(of_event(event).items())
+            for entry in batch.shown(everything=everything):
+                journal.send(of_entry(entry).items())
             if batch.suppressed or batch.lost:
                 journal.send(of_missing(batch.suppressed, batch.lost).items())
-            if batch.events or batch.lost:
+            if batch.entries or batch.lost:
                 os.pwrite(written, b"%020d %020d\n" % (stream.map or 0, stream.last or 0), 0)
             time.sleep(events.INTERVAL)
     except OSError as error:
@@ -85,12 +102,21 @@ def follow(*, everything: bool) -> NoReturn:
 
 
 def to_event(entry: Mapping[str, Any]) -> Event:
-    """Return the event of an entry, as ``journalctl --output=json`` gives it.
+    """Return the decision of an entry, as ``journalctl --output=json`` gives it.
 
     :raises ValueError: it is none of ours.
     """
+    return _to(Event, entry)
+
+
+def to_sysctl_write(entry: Mapping[str, Any]) -> SysctlWrite:
+    """Return the refused write of an entry, as :func:`to_event`."""
+    return _to(SysctlWrite, entry)
+
+
+def _to(kind: type[Kind], entry: Mapping[str, Any]) -> Kind:
     told: dict[str, Any] = {}
-    for field in fields(Event):
+    for field in fields(kind):
         text = entry.get(PREFIX + field.name.upper(), "")
         if not isinstance(text, str):
             raise ValueError(f"no {field.name}")
@@ -99,4 +125,6 @@ def to_event(entry: Mapping[str, Any]) -> Event:
             told[field.name] = {"yes": True, "no": False}.get(text)
         elif field.type == "tuple[str, ...]":
             told[field.name] = tuple(filter(None, text.split("|")))
-    return msgspec.convert(told, Event, strict=False)
+        elif field.type == "int | None":
+            told[field.name] = text or None
+    return msgspec.convert(told, kind, strict=False)

@@ -26,6 +26,8 @@ from typing import TYPE_CHECKING, NoReturn
 from uffdguard import fuse, guard, proof, state
 from uffdguard.errors import Failure, one_line
 from uffdguard.kernel import layout, libbpf, native
+from uffdguard.kernel.native import Access
+from uffdguard.lock import locked
 from uffdguard.manager import Manager
 from uffdguard.policy import Mode, Policy, Reason, interface_line
 from uffdguard.proof import Asker, Silence
@@ -56,6 +58,8 @@ step = STEPS.take
 
 #: Where a server that waits to be mounted gives away its /dev/fuse.
 SOCKET = native.RUN / "fuse"
+#: By this name a service manager keeps the native knob, open: the next server finds it covered, and no way to it.
+KNOB = "native"
 #: Seconds that it waits.
 PATIENCE = 30.0
 #: Bytes; no word with blanks around it has reason to be longer.
@@ -180,6 +184,8 @@ def serve_under_manager(manager: Manager) -> NoReturn:
 
     :raises Failure: no policy is in force, another server runs, or nobody mounted it.
     """
+    if os.geteuid() == 0:
+        native.join_owner()
     _require()
     SOCKET.unlink(missing_ok=True)
     connection = manager.kept.get(_name_of_cover())
@@ -242,13 +248,10 @@ def serve(connection: int, manager: Manager | None = None) -> NoReturn:
 
     :raises Failure: the policy is damaged or not in force any more, or another server runs.
     """
-    with Asker() as asker, native.Knob() as native_knob:
-        # Nothing else may be opened to write soon.
+    with Asker() as asker, native.Knob(manager.kept.get(KNOB) if manager else None) as native_knob:
         device = os.open(fuse.DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
-        native.drop_capabilities()
-        # A bpffs may be mounted anew below /sys/fs.
-        native.restrict_writes(native.RUN, native.BPFFS.parent)
-        with guard.locked():
+        confine()
+        with locked():
             # Under the lock, so that stop either sees this server or leaves nothing for it to hold.
             if not state.LOADED.exists():
                 raise state.not_in_force()
@@ -268,12 +271,32 @@ def serve(connection: int, manager: Manager | None = None) -> NoReturn:
                 server.wait_for(native.is_covered)
                 step("keep the connection")
                 manager.keep(_name_of_cover(), connection)
+                manager.keep(KNOB, native_knob.fileno())
             manager.ready()
         step("serve")
         if server.current().audit:
             log.warning("audit: refusals are counted and told, and let pass")
         server.loop(device)
         server.end(0)
+
+
+def confine() -> None:
+    """Give up what a server can do without: its capabilities, and to write files that are not its own.
+
+    :raises Failure: it cannot join the group of our directories.
+    """
+    native.join_owner()
+    os.umask(0o077)
+    native.drop_capabilities()
+    native.restrict_writes(
+        {
+            native.RUN: Access.WRITE | Access.MAKE | Access.REMOVE,
+            # To pin again.
+            native.BPFFS: Access.MAKE | Access.MAKE_DIRECTORY | Access.REMOVE,
+            # A bpffs may be mounted anew. Nothing else that is mounted there lets files be made or removed.
+            native.BPFFS.parent: Access.MAKE | Access.REMOVE,
+        }
+    )
 
 
 class Server:
@@ -356,7 +379,7 @@ class Server:
         """
         step("watch")
         try:
-            with guard.locked(wait=False):
+            with locked(wait=False):
                 self.hold()
                 self.see()
         except BlockingIOError:
@@ -476,7 +499,7 @@ class Server:
     def change(self, how: Callable[[], object]) -> None:
         """Change something of what is pinned now; EIO when that fails."""
         try:
-            with guard.locked():
+            with locked():
                 self.hold()
                 how()
         except Failure as error:
@@ -501,7 +524,7 @@ def _require() -> None:
     :raises Failure: it is not so.
     """
     native.need_root("serves the interface file")
-    if not state.LOADED.exists() or not native.PROC.is_mount():
+    if not state.LOADED.exists():
         raise state.not_in_force()
     if state.server():
         raise Failure("the interface file is being served already", "see uffdguard status")

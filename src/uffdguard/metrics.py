@@ -19,6 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from uffdguard import __version__, state
+from uffdguard.conditions import CONDITIONS
 from uffdguard.errors import Failure, one_line
 from uffdguard.policy import Mode
 from uffdguard.steps import log
@@ -71,6 +72,11 @@ def of_status(status: Status | None) -> Iterator[Metric]:
     if status.native_knob is not None:
         yield _gauge("native_knob", "The value of vm.unprivileged_userfaultfd.", status.native_knob)
     yield _gauge("drift", "Whether the native knob does not fit the mode.", status.drift)
+    if in_force or status.failing:
+        holds = {condition.name: condition.name not in status.failing for condition in CONDITIONS}
+        # Where the program that decides is not pinned, status names the damage alone.
+        holds["policy-answers"] &= in_force
+        yield _gauges("condition", "Whether what must hold does, for a policy to be in force.", "condition", holds)
     if not in_force:
         return
     yield _gauge("user_mode_only", "Whether UFFD_USER_MODE_ONLY suffices to be allowed.", bool(status.user_mode_only))
@@ -86,6 +92,7 @@ def of_status(status: Status | None) -> Iterator[Metric]:
     decisions.add_metric(("refused", "native"), status.native)
     yield decisions
     yield _counter("let_pass", "Refusals that audit let pass.", status.let_pass)
+    yield _counter("sysctl_refused", "Writes to sysctls that would undo the policy, refused.", status.sysctl_refused)
     yield _counter("events_suppressed", "Events over the limit, which were only counted.", status.suppressed)
 
 

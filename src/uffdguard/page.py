@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from uffdguard.report import Report, Uses, Who
 
 #: At the end of a sentence: what the reader may type. No name is taken for it, for one with a blank has quotes.
-COMMAND = re.compile(r"uffdguard [\w -]+(?=\.</p>)")
+COMMAND = re.compile(r"uffdguard (?:log|mode)[\w -]*(?=\.</p>)")
 #: How many rows are shown; the others are summed.
 MOST = 100
 #: How many columns the chart over time has at most, unless there are more years.
@@ -168,6 +168,7 @@ def html(report: Report) -> str:
             f"<title>Who used userfaultfd on {host}</title><style>{STYLE}</style></head><body><main>",
             f"<header><h1>Who used userfaultfd on {host}</h1><p>{escape(_period(report))}</p></header>",
             *(_charts(report) if report.uses else [_card([report.summary()], "advice")]),
+            *(_writes(report) if report.writes else []),
             *([_card(report.notes(), "note")] if report.notes() else []),
             "<footer><p>From the journal, where uffdguard log writes each decision with what it was taken on. What a "
             "mode would have done is the decision on the same with that mode in force and "
@@ -192,7 +193,8 @@ def _charts(report: Report) -> list[str]:
         *(_mode(report, mode) for mode in Mode),
         f"{_legend('allowed', 'refused')}</section>",
         *_over_time(report.hours),
-        '<section class="card long"><h2>Who asked, and how often</h2><p>by program, user and unit</p>',
+        '<section class="card long"><h2>Who asked, and how often</h2>'
+        "<p>by program, which is its own word, by user and by unit</p>",
         *_table(report),
         "</section>",
     ]
@@ -289,6 +291,21 @@ def _table(report: Report) -> list[str]:
         *(_row(report, who, uses, most) for who, uses in ranking[:MOST]),
         "</tbody></table>",
         *([more] if rest else []),
+    ]
+
+
+def _writes(report: Report) -> list[str]:
+    """Return the refused writes of sysctls."""
+    heads = ("sysctl", "user", "command", "unit or container", "refused", "last")
+    rows = (
+        (*write, f"{refused:,}", f"{report.last_writes[write]:%Y-%m-%d %H:%M}")
+        for write, refused in report.writes.most_common(MOST)
+    )
+    return [
+        '<section class="card long"><h2>Refused writes of sysctls</h2><p>which would have undone the policy</p>',
+        f"<table><thead><tr>{''.join(f'<th>{head}' for head in heads)}</thead><tbody>",
+        *("<tr>" + "".join(f"<td>{escape(cell)}" for cell in row) for row in rows),
+        "</tbody></table></section>",
     ]
 
 

@@ -142,7 +142,9 @@ class Asker:
 
 def silence_hint() -> str:
     """Return what to do about a policy that does not answer."""
-    if native.read_ftrace() == 0:
+    from uffdguard.kernel import features
+
+    if features.ftrace_enabled() == 0:
         return "kernel.ftrace_enabled is 0, and then no BPF trampoline runs: set it to 1 and take it out of sysctl.d"
     return "is bpf among the LSMs of this kernel? see uffdguard doctor"
 

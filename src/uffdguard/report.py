@@ -18,18 +18,39 @@ from uffdguard.errors import Failure, one_line
 from uffdguard.policy import Mode, Policy, Request, Way, decide
 
 if TYPE_CHECKING:
+    from uffdguard.events import SysctlWrite
     from uffdguard.policy import Way
 
 #: The strictest mode first.
 STRICTNESS = (Mode.DISABLED, Mode.KVM, Mode.ENABLED)
 
 
+class Program(NamedTuple):
+    """A program of a user. A process can give itself any executable, so that the user belongs to its name."""
+
+    #: The path that its processes say, or its file's name where none of them lived long enough.
+    name: str
+    user: str
+
+    def __str__(self) -> str:
+        """Return both, quoted as for a shell since a name may be a sentence."""
+        return f"{shlex.quote(self.name)} of {shlex.quote(self.user)}"
+
+
 class Who(NamedTuple):
     """Whose uses are counted together. Names that others chose have escapes for what does not print."""
 
-    #: The path of the executable, or its file's name where none of its processes lived long enough.
-    program: str
+    program: str  # as Program.name
     user: str
+    unit: str
+
+
+class Write(NamedTuple):
+    """What is the same in refused writes of a sysctl that are counted together."""
+
+    setting: str  # as events.SysctlWrite
+    user: str
+    command: str
     unit: str
 
 
@@ -73,9 +94,14 @@ class Report:
 
     #: What the configuration says; with it each mode is asked what it would have done.
     user_mode_only: bool
-    #: By the device and inode of the executable, the user and the unit.
-    by_file: dict[tuple[tuple[str, int], str, str], Uses] = field(default_factory=lambda: defaultdict(Uses))
-    names: dict[tuple[str, int], str] = field(default_factory=dict)
+    #: By the device and inode of the executable, the user and the unit; and what they call it, which no other changes.
+    by_file: dict[tuple[str, int, str, str], Uses] = field(default_factory=lambda: defaultdict(Uses))
+    names: dict[tuple[str, int, str, str], str] = field(default_factory=dict)
+    #: Refused writes of sysctls, and the time of the last of each.
+    writes: Counter[Write] = field(default_factory=Counter)
+    last_writes: dict[Write, datetime] = field(default_factory=dict)
+    #: How often the policy stopped answering.
+    silences: int = 0
     #: By the hour, in local time: how often allowed and refused then.
     hours: dict[datetime, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     first: datetime | None = None
@@ -101,14 +127,15 @@ class Report:
     def uses(self) -> dict[Who, Uses]:
         """What each program of each user and unit has asked for."""
         found: dict[Who, Uses] = defaultdict(Uses)
-        for (file, user, unit), uses in self.by_file.items():
-            found[Who(self.names[file], user, unit)].add(uses)
+        for key, uses in self.by_file.items():
+            _, _, user, unit = key
+            found[Who(self.names[key], user, unit)].add(uses)
         return found
 
     @property
     def programs(self) -> int:
         """How many programs these were of."""
-        return len({who.program for who in self.uses})
+        return len({who[:2] for who in self.uses})
 
     def add(self, line: bytes) -> None:
         """Count what LINE of ``journalctl --output=json`` tells."""
@@ -120,6 +147,12 @@ class Report:
                 suppressed, lost = (_number(entry.get(f"{journal.PREFIX}{name}")) for name in ("SUPPRESSED", "LOST"))
                 self.suppressed += suppressed
                 self.lost += lost
+                return
+            if entry.get("MESSAGE_ID") == journal.NOTICE_ID:
+                self.silences += entry.get(f"{journal.PREFIX}ANSWERS") == "no"
+                return
+            if entry.get("MESSAGE_ID") == journal.SYSCTL_ID:
+                self._add_write(journal.to_sysctl_write(entry))
                 return
             event = journal.to_event(entry)
             time = datetime.fromisoformat(event.time).astimezone()
@@ -134,14 +167,20 @@ class Report:
             self.refused += 1
             self.not_enforced += not event.enforced
         program, user, unit = map(one_line, (event.executable or event.command, event.user, event.unit))
-        file = (event.exe_device, event.exe_inode)
-        if file not in self.names or program.startswith("/"):
-            self.names[file] = program
-        uses = self.by_file[file, user, unit]
+        key = (event.exe_device, event.exe_inode, user, unit)
+        if key not in self.names or program.startswith("/"):
+            self.names[key] = program
+        uses = self.by_file[key]
         uses.asked += 1
         uses.ways[event.way] += 1
         uses.user_mode_only += event.user_mode_only
         uses.refused.update(_refusing(Request(event.capability, event.user_mode_only, event.granted)))
+
+    def _add_write(self, write: SysctlWrite) -> None:
+        time = datetime.fromisoformat(write.time).astimezone()
+        key = Write(*map(one_line, (write.setting, write.user, write.command, write.unit)))
+        self.writes[key] += 1
+        self.last_writes[key] = max(self.last_writes.get(key, time), time)
 
     def ranking(self) -> list[tuple[Who, Uses]]:
         """Return the uses, who asked most first."""
@@ -151,12 +190,12 @@ class Report:
         """Return MODE with what the configuration says besides."""
         return Policy(mode, self.user_mode_only)
 
-    def refused_by(self, policy: Policy) -> Counter[str]:
+    def refused_by(self, policy: Policy) -> Counter[Program]:
         """Return which programs POLICY would have refused, and how often; who asked most first."""
-        found: Counter[str] = Counter()
+        found: Counter[Program] = Counter()
         for who, uses in self.ranking():
             if uses.refused[policy]:
-                found[who.program] += uses.refused[policy]
+                found[Program(who.program, who.user)] += uses.refused[policy]
         return found
 
     def summary(self) -> str:
@@ -174,6 +213,9 @@ class Report:
             told.append(f"{self.suppressed} events were suppressed and {self.lost} lost: the figures are too low.")
         if self.damaged:
             told.append(f"{_count(self.damaged, 'entry', 'entries')} could not be read: the figures are too low.")
+        if self.silences:
+            often = _count(self.silences, "time", "times")
+            told.append(f"The policy stopped answering {often}: who asked until it answered again is not known.")
         if self.journalctl:
             told.append(f"journalctl: {self.journalctl}")
         if self.not_enforced:
@@ -224,7 +266,8 @@ def read(since: str | None = None) -> Report:
     if since is not None:
         command.append(f"--since={since}")
     # Root's only: everybody may write an entry with these fields, except for those with _, which journald adds.
-    command += [f"MESSAGE_ID={journal.EVENT_ID}", "_UID=0", "+", f"MESSAGE_ID={journal.MISSING_ID}", "_UID=0"]
+    matches = [[f"MESSAGE_ID={number}", "_UID=0"] for number in (*journal.IDS.values(), journal.MISSING_ID)]
+    command += " + ".join(map(" ".join, matches)).split()
     with tempfile.TemporaryFile() as told:
         try:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=told)
@@ -259,11 +302,11 @@ def _count(number: int, one: str, more: str) -> str:
     return f"{number} {one if number == 1 else more}"
 
 
-def _programs(programs: Counter[str]) -> str:
+def _programs(programs: Counter[Program]) -> str:
     return f"{_count(len(programs), 'program', 'programs')}: {named(programs)}"
 
 
-def named(programs: Counter[str], most: int = 5) -> str:
-    """Return the first MOST of PROGRAMS, quoted as for a shell since a name may be a sentence, and how many more."""
-    names = [shlex.quote(name) for name in list(programs)[:most]]
+def named(programs: Counter[Program], most: int = 5) -> str:
+    """Return the first MOST of PROGRAMS, and how many more."""
+    names = [*map(str, list(programs)[:most])]
     return ", ".join([*names, *([f"{len(programs) - most} more"] if len(programs) > most else [])])

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
+from uffdguard.conditions import Facts, Guard, failing
 from uffdguard.errors import Failure
 from uffdguard.kernel import layout, libbpf, native
 from uffdguard.policy import Mode, Policy, Reason
@@ -151,9 +152,9 @@ def foreign_pins() -> str | None:
         found = PINS.lstat()
     except OSError:
         return None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid or stat.S_IMODE(found.st_mode) != 0o700:
-        return f"{PINS} is not a directory that only root may enter"
-    return None
+    # One of root's that is closed to all others is what an older version or a kill has left.
+    ours = found.st_uid == native.OWNER or (found.st_uid == 0 and not stat.S_IMODE(found.st_mode) & 0o077)
+    return None if stat.S_ISDIR(found.st_mode) and ours else f"{PINS} is not a directory that only root may enter"
 
 
 @contextlib.contextmanager
@@ -213,14 +214,17 @@ def _can_guard() -> bool:
     return features.has_sysctl_guard()
 
 
-def not_in_force() -> Failure:
-    """Return what to say where no policy is in force: on a kernel that is too old, what start would say."""
+def not_in_force(reason: str | None = None) -> Failure:
+    """Return what to say where no policy is in force: on a kernel that is too old, what start would say.
+
+    :param reason: why it is not, as Status has it.
+    """
     from uffdguard.kernel import features
 
     kernel = features.kernel()
     if kernel.state == "missing":
         return Failure(f"the policy is not in force: {kernel.fact}", kernel.hint)
-    return Failure("the policy is not in force", "run uffdguard start")
+    return Failure(f"the policy is not in force{f': {reason}' if reason else ''}", "run uffdguard start")
 
 
 def current_policy() -> Policy:
@@ -244,7 +248,7 @@ class Status(NamedTuple):
     """How things stand. The names are those of ``status --json``."""
 
     in_force: bool  # it was asked, and answered
-    reason: str | None  # why it is not in force
+    reason: str | None  # why it is not, where it should be
     mode: Mode | None
     user_mode_only: bool | None
     audit: bool | None  # refusals are counted and told, and let pass
@@ -255,6 +259,7 @@ class Status(NamedTuple):
     pins: dict[str, bool]
     skipped: int  # times the kernel skipped grant or forget
     lost: int  # grants that could not be recorded
+    guard: Guard | None  # None: no policy is in force
     interface: Interface
     grants: int
     allowed: int
@@ -263,35 +268,50 @@ class Status(NamedTuple):
     native: int  # refused by the native knob, before the policy was asked
     let_pass: int  # of the refused, those that audit let pass
     suppressed: int  # events over a limit
-    problems: list[str]
+    sysctl_refused: int  # writes to sysctls that the guard refused
+    problems: list[str]  # a sentence each
+    failing: list[str]  # the names of the conditions that these are about, see conditions.py
 
 
-def ask(found: Pinned, policy: Policy | None) -> str | None:
-    """Ask what is pinned whether it decides, and return None if it does, else the reason for the doubt.
+class Doubts(NamedTuple):
+    """Why what is pinned is not in force, or may not be."""
 
-    Where it does not, the native knob is closed if that protects: :func:`uffdguard.proof.close_net`.
+    policy: str | None = None
+    #: Whether the policy answered as it must; None: nothing is known.
+    answers: bool | None = None
+    guard: Guard = "attached"
+
+
+def ask(found: Pinned, policy: Policy | None) -> Doubts:
+    """Ask the policy and the guard of sysctls that are pinned.
+
+    Where the policy does not answer, the native knob is closed if that protects: :func:`uffdguard.proof.close_net`.
     """
     from uffdguard import proof
-    from uffdguard.guard import locked
+    from uffdguard.lock import locked
 
     if not native.in_initial("pid"):
-        return "it cannot be asked from another pid namespace"
+        return Doubts("it cannot be asked from another pid namespace")
+    guard: Guard = "attached"
     try:
-        with locked(), proof.Asker() as asker:
+        with locked(), proof.Asker() as asker, native.Knob() as knob:
+            try:
+                proof.ask_guard(found.fds["witness"], knob)
+            except Failure:
+                guard = "missing"
             try:
                 asker.ask(found.fds["witness"], Reason.DISABLED, strict=True)
             except proof.Silence:
                 raise
             except Failure as error:
                 log.debug("close the native knob")
-                with native.Knob() as knob:
-                    proof.record(found.fds, answers=False)
-                    closed = proof.close_net(found.fds, policy, knob)
-                return f"{error}{'; the native knob is closed' if closed else ''}"
+                proof.record(found.fds, answers=False)
+                closed = proof.close_net(found.fds, policy, knob)
+                return Doubts(f"{error.what}{'; the native knob is closed' if closed else ''}", False, guard)
             proof.record(found.fds, answers=True)
     except (Failure, OSError, KeyError) as error:
-        return f"it could not be asked: {error}"
-    return None
+        return Doubts(f"it could not be asked: {error}", None, guard)
+    return Doubts(None, True, guard)
 
 
 def status() -> Status:
@@ -299,66 +319,60 @@ def status() -> Status:
     native.need_root("can see the state of the policy")
     with pinned() as found:
         policy = found.policy() if found.has("decide") else None
-        # What was left by a trial that was killed; to ask is a trial of its own.
+        # Before it is asked, which is a trial of its own.
         trial = _trial(found)
-        reason = ask(found, policy) if policy else "it is not pinned" if found.pins else None
+        doubts = ask(found, policy) if policy else Doubts("it is not pinned" if found.pins else None)
         counts = kept = None
         with contextlib.suppress(OSError, KeyError):
             counts = libbpf.read(found.fds["counts"], layout.Counts).total()
             kept = libbpf.read(found.fds["enforcement"], layout.Enforcement)
-        # Without our procfs, and with the file in /proc covered, there is no way to it.
-        knob = native.read_knob() if native.PROC.is_mount() or not native.is_covered() else None
+        knob = unread = None
+        try:
+            knob = native.read_knob()
+        except Failure as error:
+            unread = error.what
         left = bool(found.pins) or bool(foreign_pins()) or FOUND.exists() or LOADED.exists()
-        problems = list(found.problems) if left else []
         due = knob_of(policy) if policy else None
-        drift = policy is not None and knob not in (due, None)
-        if policy and reason:
-            problems.append(reason)
-        if policy and not found.can_guard:
-            problems.append("this kernel cannot guard sysctls (CONFIG_CGROUP_BPF): ftrace_enabled=0 ends the policy")
-        if policy and native.read_ftrace() == 0:
-            problems.append("kernel.ftrace_enabled is 0, and then no BPF trampoline runs")
-        if policy and drift:
-            problems.append(
-                f"the native knob is {knob} and not {due}: "
-                + ("processes that the mode allows are refused" if knob == 0 else "the net below the policy is open")
-            )
-        if policy and policy.mode is Mode.KVM and (problem := native.wrong_kvm()):
-            problems.append(f"{problem}: it grants nobody")
-        if policy and found.counts_native is not (due == 0):
-            problems.append("the refusals of the native knob are not counted" if due == 0 else "a counter is left over")
-        if policy and not LOADED.exists():
-            problems.append("the last start did not come to its end")
-        if policy and (counts is None or kept is None):
-            problems.append("the counts are those of another version of uffdguard")
-        if trial:
-            problems.append(f"the last trial of the policy did not come to its end: pid {trial} was its child")
-        if kept and found.skipped > kept.skips_seen:
-            problems.append(f"hooks were skipped {found.skipped - kept.skips_seen} times since the last start")
-        if counts and kept and counts.lost > kept.lost_seen:
-            problems.append(f"{counts.lost - kept.lost_seen} grants were lost since the last start")
-        if policy and not native.PROC.is_mount():
-            problems.append(f"no procfs is mounted on {native.PROC}")
-        if policy and not FOUND.exists():
-            problems.append(f"{FOUND} is gone: stop will leave the native knob at 0")
         interface: Interface = ("served" if server() else "dead") if native.is_covered() else "native"
-        if interface == "dead":
-            problems.append("the interface file does not answer: its server has died")
+        facts = Facts(policy=policy, damage=tuple(found.problems) if left else (), interface_dead=interface == "dead")
+        if policy:
+            if counts is None or kept is None:
+                other = "the counts are those of another version of uffdguard"
+                facts = facts._replace(damage=(*facts.damage, other))
+            facts = _with_machine(facts)._replace(
+                answers=doubts.answers,
+                reason=doubts.policy,
+                guard=doubts.guard if found.can_guard else "unsupported",
+                trial_left=trial,
+                knob=knob,
+                due=due,
+                knob_problem=unread,
+                kvm=native.wrong_kvm() if policy.mode is Mode.KVM else None,
+                native_counted=found.counts_native,
+                start_complete=LOADED.exists(),
+                found_recorded=FOUND.exists(),
+                skipped=found.skipped,
+                skips_seen=kept.skips_seen if kept else 0,
+                lost=counts.lost if counts else 0,
+                lost_seen=kept.lost_seen if kept else 0,
+            )
+        wrong = failing(facts)
         counts = counts or layout.Tally()
         decisions = counts.by_reason()
         return Status(
-            in_force=policy is not None and reason is None,
-            reason=reason,
+            in_force=bool(policy and doubts.answers),
+            reason=doubts.policy,
             mode=policy.mode if policy else None,
             user_mode_only=policy.user_mode_only if policy else None,
             audit=policy.audit if policy else None,
             since=_local_time(found.programs["decide"].load_time) if policy else None,
             kernel=os.uname().release,
             native_knob=knob,
-            drift=drift,
+            drift=due is not None and knob not in (due, None),
             pins={part: part in found.pins for part in PARTS},
             skipped=found.skipped,
             lost=counts.lost,
+            guard=facts.guard if policy else None,
             interface=interface,
             grants=max(0, counts.grants),  # below 0: one came and went between the looks at two tallies
             allowed=sum(number for reason, number in decisions.items() if reason.allowed),
@@ -367,16 +381,28 @@ def status() -> Status:
             native=counts.native,
             let_pass=counts.let_pass,
             suppressed=counts.suppressed,
-            problems=problems,
+            sysctl_refused=counts.sysctl,
+            problems=[sentence for _, sentence in wrong],
+            failing=list(dict.fromkeys(condition.name for condition, _ in wrong)),
         )
 
 
-def _trial(found: Pinned) -> int | None:
-    """Return the pid of the child of a trial that was killed; that of one that goes on is there."""
+def _with_machine(facts: Facts) -> Facts:
+    """Add what is known of the machine to FACTS."""
+    from uffdguard.kernel import features
+
+    facts = facts._replace(ftrace_enabled=features.ftrace_enabled(), jit=features.jit_enabled())
+    facts = facts._replace(preemption=features.preemption(), recursion_guard=False)
+    # To look into the kernel's BTF takes 10 ms.
+    return facts._replace(recursion_guard=features.recursion_guard()) if facts.preempts else facts
+
+
+def _trial(found: Pinned) -> int:
+    """Return the pid of the child of a trial that was killed, or 0; that of one that goes on is there."""
     with contextlib.suppress(OSError, KeyError):
         pid = int(libbpf.read(found.fds["witness"], layout.Witness).tgid)
-        return None if not pid or _runs(pid) else pid
-    return None
+        return 0 if pid and _runs(pid) else pid
+    return 0
 
 
 def _runs(pid: int) -> bool:

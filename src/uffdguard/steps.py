@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import TYPE_CHECKING
 
 from uffdguard.errors import Failure
@@ -29,7 +30,7 @@ def beside(path: Path) -> Path:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file so that it is there whole or not at all.
+    """Write a file that all may read, whatever the umask is, so that it is there whole or not at all.
 
     :raises Failure: it cannot be written, e.g. because the file system is full.
     """
@@ -37,6 +38,7 @@ def write(path: Path, text: str) -> None:
         beside(path).unlink(missing_ok=True)
         # Nor through a link that another user has put there.
         with beside(path).open("x") as file:
+            os.fchmod(file.fileno(), 0o644)
             file.write(text)
         beside(path).rename(path)
     except OSError as error:

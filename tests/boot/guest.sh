@@ -1,32 +1,171 @@
 #!/bin/bash
-# Runs in the guest at each boot, as root, and tells on the second serial line what it sees: name=value.
-# What it is to do is on the kernel's command line: phase=NAME.
-exec 2>/root/guest.log
+# Runs in the guest at each boot, as root, for the phase that the kernel's command line names: phase=NAME. `guest.sh
+# before` makes what the boot is to find, before anything reads it; `guest.sh` does the phase when the boot has come to
+# its end, and tells on the second serial line what it sees: name=value. On the third is what it did, and after how many
+# seconds.
+exec 2>/dev/ttyS2
+PS4='+ ${SECONDS}s '
 set -x
 FILE=/proc/sys/vm/unprivileged_userfaultfd
+CONFIGURATION=/etc/uffdguard.toml
+SYSCTL=/etc/sysctl.d/50-test.conf
+PYTHON=/usr/bin/python3
 
 tell() { printf '%s=%s\n' "$1" "$(tr '\n' ';' <<<"$2" | sed 's/;*$//')" >/dev/ttyS1; }
 as() { local user=$1; shift; runuser -u "$user" -- "$@"; }
 units() { systemctl is-active uffdguard uffdguard-knob uffdguard-log; }
 served() { for _ in $(seq 200); do grep -q kvm $FILE && [ "$(units)" = $'active\nactive\nactive' ] && break; sleep 0.2; done; }
 logged() { journalctl -b -o cat UFFDGUARD_VERDICT=refused "$@" | sed 's/pid [0-9]*/pid N/'; }
-settle() { for _ in $(seq 100); do [ "$(systemctl is-system-running)" = starting ] || break; sleep 1; done; }
+settle() { for _ in $(seq 1000); do [ "$(systemctl is-system-running)" = starting ] || break; sleep 0.1; done; }
+# Until systemd has nothing left to do: what a failure starts comes after the command that failed.
+idle() { for _ in $(seq 100); do [ "$(systemctl list-jobs --no-legend)" ] || break; sleep 0.1; done; }
+failed() { systemctl --failed --plain --no-legend | cut -d ' ' -f 1; }
+# Past whatever covers it.
+native() { unshare -m sh -c "mount -t proc proc /proc && cat $FILE"; }
+fallback() { journalctl -b -o cat -u uffdguard-fallback | grep '^uffdguard.service has failed'; }
 
-# Whoever installs it where no BPF LSM is.
+before() {
+	rm -f $SYSCTL $CONFIGURATION /etc/modules-load.d/hardened.conf
+	if [ -e $PYTHON.away ]; then mv $PYTHON.away $PYTHON; fi
+	if [ "$(type -t "before_$1")" ]; then "before_$1"; fi
+}
+
+# An installation where no BPF LSM is, on a machine that libvirt has opened.
 incapable() {
+	echo 1 >$FILE
 	dpkg -i /root/uffdguard_1_amd64.deb
 	tell installed $?
 	tell units "$(units)"
 	tell journal "$(journalctl -b -o cat -u uffdguard)"
 	tell file "$(cat $FILE)"
-	echo 'vm.unprivileged_userfaultfd = kvm' >/etc/sysctl.d/50-userfaultfd.conf
+	tell fallback "$(fallback)"
 }
 
+before_off() { echo 'vm.unprivileged_userfaultfd = 1' >$SYSCTL; }
 off() {
 	tell units "$(units)"
 	tell file "$(cat $FILE)"
+	tell failed "$(failed)"
+	tell fallback "$(fallback)"
 }
 
+# What a boot at which the start has failed leaves, and in which order things happened, in microseconds since the boot.
+closed() {
+	tell units "$(units)"
+	tell file "$(cat $FILE)"
+	tell failed "$(failed)"
+	tell journal "$(journalctl -b -o cat -u uffdguard)"
+	tell fallback "$(fallback)"
+	tell order "$(systemctl show -P InactiveExitTimestampMonotonic uffdguard) \
+		$(systemctl show -P ExecMainExitTimestampMonotonic systemd-sysctl) \
+		$(systemctl show -P ExecMainStartTimestampMonotonic uffdguard-fallback) \
+		$(systemctl show -P ExecMainExitTimestampMonotonic uffdguard-fallback) \
+		$(systemctl show -P ActiveEnterTimestampMonotonic sysinit.target)"
+	tell refused "$(as stranger /root/actor syscall)"
+}
+
+# libvirt's line, in libvirt's way.
+before_without_lsm() { echo '-vm.unprivileged_userfaultfd = 1' >$SYSCTL; }
+without_lsm() { closed; }
+
+before_without_python() {
+	echo 'vm.unprivileged_userfaultfd = 1' >$SYSCTL
+	mv $PYTHON $PYTHON.away
+}
+without_python() { closed; }
+
+before_typo() {
+	echo 'vm.unprivileged_userfaultfd = 1' >$SYSCTL
+	echo 'mode = "kwm"' >$CONFIGURATION
+}
+typo() {
+	closed
+	echo 1 >$FILE
+	systemctl restart uffdguard
+	status=$?; idle
+	tell again "$status;$(cat $FILE)"
+
+	echo 'mode = "kvm"' >$CONFIGURATION
+	systemctl start uffdguard
+	served
+	tell corrected "$(cat $FILE);$(units);$(failed)"
+
+	echo 'mode = "kwm"' >$CONFIGURATION
+	systemctl reload uffdguard
+	tell reload "$?;$(cat $FILE);$(native);$(units);$(fallback | wc -l)"
+
+	systemctl restart uffdguard
+	status=$?; idle
+	tell restart "$status;$(native);$(units);$(failed)"
+	tell restart-fallback "$(fallback | tail -n +3)"
+	tell restart-decides "$(as stranger /root/actor syscall) $(as user /root/actor open:/dev/kvm syscall)"
+
+	echo 'mode = "kvm"' >$CONFIGURATION
+	systemctl start uffdguard
+	served
+	mv $PYTHON $PYTHON.away
+	systemctl stop uffdguard
+	idle
+	tell stop "$(native);$(failed | grep -x uffdguard.service)"
+	tell stop-decides "$(as stranger /root/actor syscall) $(as user /root/actor open:/dev/kvm syscall)"
+
+	# Nobody decides any more, and perhaps a file that no server answers covers the knob.
+	rm -r /sys/fs/bpf/uffdguard
+	systemctl start uffdguard
+	status=$?; idle
+	tell gone "$status;$(cat $FILE)"
+}
+
+# What hardening guides have, in one file; and what it needs where no module can be loaded later.
+before_hardened() {
+	cat >$SYSCTL <<-END
+		kernel.ftrace_enabled = 0
+		net.core.bpf_jit_harden = 2
+		kernel.unprivileged_bpf_disabled = 1
+		kernel.kptr_restrict = 2
+		kernel.perf_event_paranoid = 3
+		kernel.yama.ptrace_scope = 3
+		user.max_user_namespaces = 0
+		kernel.modules_disabled = 1
+		vm.unprivileged_userfaultfd = 0
+	END
+	echo fuse >/etc/modules-load.d/hardened.conf
+	echo 'mode = "kvm"' >$CONFIGURATION
+}
+hardened() {
+	tell units "$(units)"
+	tell sysctl "$(sed -n 's/ =.*//p' $SYSCTL | grep -v '^vm' | xargs sysctl)"
+	tell sysctl-journal "$(journalctl -b -o cat -u systemd-sysctl)"
+	tell failed "$(failed)"
+	enforced at-boot
+	systemctl reload uffdguard
+	tell reload "$?"
+	enforced reloaded
+	tell journal "$(journalctl -b -o cat -u uffdguard -u uffdguard-log | sed 's/pid [0-9]*/pid N/')"
+}
+enforced() {
+	tell "$1" "$(as stranger /root/actor syscall device) $(as user /root/actor open:/dev/kvm syscall device)"
+	tell "$1-status" "$(uffdguard status >/tmp/status 2>&1; echo $?; sed -n 's/^\(policy\|mode\|native knob\|interface file\|problem\) *//p' /tmp/status | sed 's/ since.*//')"
+}
+
+before_without_jit() {
+	before_hardened
+	echo 'net.core.bpf_jit_enable = 0' >>$SYSCTL
+}
+# Compiled before sysctl.d is applied; then anew, without the compiler.
+without_jit() {
+	hardened
+	systemctl restart uffdguard-knob
+	systemctl stop uffdguard
+	systemctl start uffdguard
+	status=$?; idle
+	tell start "$status;$(units)"
+	enforced started
+	tell start-journal "$(journalctl -b -o cat -u uffdguard | tail -5)"
+	tell fallback "$(fallback)"
+}
+
+before_on() { echo 'vm.unprivileged_userfaultfd = kvm' >$SYSCTL; }
 on() {
 	tell units "$(units)"
 	tell file "$(cat $FILE)"
@@ -47,48 +186,55 @@ on() {
 	echo nonsense >$FILE
 	tell wrong-word "$?;$(journalctl -b -o cat -u uffdguard-knob | grep -c 'refused to write')"
 
+	# A copy of the file in another mount namespace, as a container or a service may have one.
+	unshare -m sleep infinity &
+	copy=/proc/$!/root$FILE
+	until [ "$(readlink /proc/$!/ns/mnt)" != "$(readlink /proc/self/ns/mnt)" ]; do sleep 0.1; done
+
 	kill -9 "$(systemctl show -p MainPID --value uffdguard-knob)"
-	served
-	tell killed "$(cat $FILE);$(units)"
+	tell killed "$(timeout 60 cat $FILE);$(units);$(timeout 60 cat $copy)"
+	systemctl restart uffdguard-knob
+	tell knob-restarted "$(timeout 60 cat $FILE);$(units);$(timeout 60 cat $copy)"
 
 	echo enabled >$FILE
 	systemctl reload uffdguard
 	tell reloaded "$(cat $FILE)"
 	systemctl restart uffdguard
 	served
-	tell restarted "$(cat $FILE);$(units)"
+	tell restarted "$(cat $FILE);$(units);$(timeout 60 cat $copy)"
 	echo kvm >$FILE
 
 	upgrade
-	tell after-upgrade "$(cat $FILE);$(units);$(dpkg-query -W -f '${Version}' uffdguard)"
+	tell after-upgrade "$(cat $FILE);$(units);$(dpkg-query -W -f '${Version}' uffdguard);$(timeout 60 cat $copy)"
 
 	systemctl stop uffdguard
-	tell stopped "$(cat $FILE);$(units)"
+	tell stopped "$(cat $FILE);$(units);$(timeout 60 cat $copy 2>&1 | sed 's/.*: //')"
 	systemctl start uffdguard
 	served
 	tell started "$(cat $FILE);$(units)"
 
-	apt-get -qy purge uffdguard >&2
+	dpkg --purge uffdguard >&2
 	tell removed "$?;$(cat $FILE);$(find / -xdev -name '*uffdguard*' -not -path '/root/*' -not -path '/var/log/*' \
 		-not -path '/proc/*' -not -path '/sys/*')"
 	tell pins "$(ls -A /sys/fs/bpf; ls -A /run/uffdguard)"
 }
 
 container() {
-	cd /tmp && mkdir -p /tmp/image/bin && cp /bin/busybox /tmp/image/bin/sh && tar -C /tmp/image -cf /tmp/image.tar . || return
+	cd /tmp || return
 	export HOME=/home/user XDG_RUNTIME_DIR=/tmp/user
-	install -d -o user -m 700 $XDG_RUNTIME_DIR
-	as user timeout 300 podman --storage-driver vfs import -q /tmp/image.tar contained >/dev/null
-	as user timeout 300 podman --storage-driver vfs --cgroup-manager cgroupfs run --rm --network none contained /bin/sh -c 'echo started'
+	install -d -o user -m 700 $XDG_RUNTIME_DIR image image/bin
+	cp /bin/busybox image/bin/sh
+	as user timeout 300 podman --storage-driver vfs --cgroup-manager cgroupfs run --rm --network none --rootfs /tmp/image \
+		/bin/sh -c 'echo started'
 }
 
 # A stranger asks all the time, and must never be allowed; one who is granted asks all the time, and must never be refused.
 upgrade() {
-	(while [ ! -e /tmp/upgraded ]; do as stranger /root/actor syscall device; done >/tmp/stranger) &
+	as stranger bash -c 'while [ ! -e /tmp/upgraded ]; do /root/actor syscall device; sleep 0.02; done' >/tmp/stranger &
 	as user /root/actor open:/dev/kvm loop:/tmp/upgraded >/tmp/granted &
-	sleep 5
+	asked
 	dpkg -i /root/uffdguard_2_amd64.deb >&2
-	sleep 5
+	asked
 	touch /tmp/upgraded
 	wait
 	tell upgrade-refused "$(sort -u /tmp/stranger)"
@@ -96,11 +242,22 @@ upgrade() {
 	tell upgrade-asked "$(wc -l </tmp/stranger) $(grep -c . /tmp/granted)"
 }
 
+# Wait until each of the two has asked some times more.
+asked() {
+	local stranger granted
+	stranger=$(wc -l </tmp/stranger)
+	granted=$(wc -l </tmp/granted)
+	for _ in $(seq 600); do
+		[ "$(wc -l </tmp/stranger)" -gt $((stranger + 5)) ] && [ "$(wc -l </tmp/granted)" -gt $((granted + 5)) ] && break
+		sleep 0.1
+	done
+}
+
+phase=$(sed 's/.*phase=\([a-z_]*\).*/\1/' /proc/cmdline)
+if [ "$1" = before ]; then before "$phase"; exit; fi
 chmod 666 /dev/userfaultfd
 settle
-for word in $(cat /proc/cmdline); do
-	case $word in phase=*) "${word#phase=}" ;; esac
-done
+"$phase"
 tell end 1
 sync
 systemctl poweroff --force

@@ -35,7 +35,7 @@ from uffdguard import events as decisions
 from uffdguard.cli.report import facts, show
 from uffdguard.cli.watch import Lines, Objects
 from uffdguard.errors import Failure, one_line
-from uffdguard.journal import MISSING_ID, of_event, to_event
+from uffdguard.journal import MISSING_ID, NOTICE_ID, of_entry, to_event, to_sysctl_write
 from uffdguard.kernel import features, layout, libbpf, native, probe
 from uffdguard.lab import kernels, vm
 from uffdguard.policy import Mode, Policy
@@ -185,8 +185,8 @@ def interface(data: bytes) -> None:
     name, _, written = data[1:].partition(b"\0")
     server = object.__new__(knob.Server)
     server.words = tuple(Mode) if kvm else (Mode.DISABLED, Mode.ENABLED)
-    server.held, server.asker = {"administrators": 0}, SimpleNamespace()  # type: ignore[assignment]
-    server.native_knob = SimpleNamespace()  # type: ignore[assignment]
+    server.held = {"administrators": 0}
+    server.asker = server.native_knob = SimpleNamespace()  # type: ignore[assignment]
     asked: list[Mode | int] = []
     lines: list[str] = []
     log = SimpleNamespace(warning=lambda text, *values: lines.append(text % values))
@@ -199,11 +199,10 @@ def interface(data: bytes) -> None:
         replaced(libbpf, iterate=lambda link: thread.to_bytes(4, "little") * capable),
         replaced(
             guard,
-            locked=contextlib.nullcontext,
             switch=lambda held, mode, asker, knob: asked.append(mode),
             set_found=lambda held, value, asker, knob: asked.append(value),
         ),
-        replaced(knob, log=log),
+        replaced(knob, log=log, locked=contextlib.nullcontext),
         replaced(
             knob.Server,
             hold=lambda self: None,
@@ -269,6 +268,7 @@ STATUS = state.Status(
     pins=dict.fromkeys(state.PARTS, True),
     skipped=0,
     lost=0,
+    guard="attached",
     interface="native",
     grants=1,
     allowed=1,
@@ -277,7 +277,9 @@ STATUS = state.Status(
     native=0,
     let_pass=0,
     suppressed=0,
+    sysctl_refused=0,
     problems=[],
+    failing=[],
 )
 WAYS = ("syscall", "syscall-user-mode-only", "device")
 ANSWER = inspect.Answer(
@@ -318,7 +320,7 @@ EFFECTS: dict[tuple[object, str], object] = {
     (knob, "main"): None,
     (knob, "mount"): None,
     (importlib.import_module("uffdguard.cli.install"), "completion"): "",  # runs bash
-    (install, "install"): None,
+    (install, "install"): install.Installed(Mode.KVM, None, Mode.KVM),
     (install, "uninstall"): ["/etc/changed"],
     (vm, "run"): 0,
     (kernels, "fetch"): None,
@@ -409,7 +411,7 @@ def arguments(data: bytes) -> None:
     for name, values, options in done:
         for mode in {value for value in values if isinstance(value, Mode)}:
             named = {str(mode), f"--mode={mode}"} & set(words)
-            assert named or (name, mode) == ("install", Mode.DISABLED), (name, mode)
+            assert named, (name, mode)
         if timeout := options.get("timeout"):
             assert isinstance(timeout, int)
             assert timeout > 0
@@ -429,7 +431,6 @@ def records(data: bytes) -> None:
     loaded, server, manifest = [*others, None, None, None][:3]
     run = scratch() / "run"
     run.mkdir(exist_ok=True)
-    (run / "proc").mkdir(exist_ok=True)
     places = {name: run / place for name, place in (("FOUND", "native"), ("LOADED", "object"), ("SERVER", "knob"))}
     for path, part in zip([*places.values(), scratch() / "manifest"], [found, loaded, server, manifest], strict=True):
         put(path, part)
@@ -446,7 +447,7 @@ def records(data: bytes) -> None:
 
     with (
         held,
-        replaced(native, RUN=run, PROC=run / "proc", unmount=lambda path: None, uncover=lambda: None),
+        replaced(native, RUN=run, own=lambda fd: None, uncover=lambda: None),
         replaced(native, need_root=lambda what: None, write_knob=wrote.append),
         replaced(guard, state, PINS=run / "pins", _mount=lambda undo: None, _object_hash=lambda: HASH, **places),
         replaced(install, MANIFEST=scratch() / "manifest"),
@@ -550,18 +551,23 @@ def events(data: bytes) -> None:
         ),
         watch,
     ):
-        event = decisions.event_of(record)
-    known = record.way < len(layout.WAYS) and record.mode < len(Mode) and record.reason <= len(layout.REASONS)
+        event = decisions.entry_of(record)
+    known = record.way < len(layout.WAYS) and record.reason <= len(layout.REASONS)
+    known = record.mode < len(Mode) and (record.sysctl <= len(layout.SYSCTLS) if record.sysctl else known)
     assert (event is not None) == known
     if event is None:
         return
     check_line(event.line)
-    assert to_event(of_event(event)) == event
-    assert to_event(json.loads(json.dumps(of_event(event)))) == event
+    back = to_event if isinstance(event, decisions.Event) else to_sysctl_write
+    assert back(of_entry(event)) == event
+    assert back(json.loads(json.dumps(of_entry(event)))) == event
 
     (line,) = printed(lambda: Objects().events([event]))
-    assert json.loads(line) == {**asdict(event), "flags": list(event.flags)}
+    assert json.loads(line) == json.loads(json.dumps(asdict(event)))
     lines = printed(lambda: Lines().events([event]))
+    if isinstance(event, decisions.SysctlWrite):
+        assert len(lines) == 3
+        return
     assert len(lines) == 2
 
     def twice() -> None:
@@ -577,19 +583,19 @@ def events(data: bytes) -> None:
 
 @target
 def journal(data: bytes) -> None:
-    """Lines of journalctl: each is a use, or a number of events that are missing, or counted as damaged; all is shown.
+    """Lines of journalctl: each is a use, a refused write, a notice, a number of missing ones or damaged; all is shown.
 
     A byte for the option user-mode-only, then the lines.
     """
     found = report.Report(user_mode_only=data[:1] > b"0")
     for line in data[1:].split(b"\n"):
-        before = found.asked + found.damaged
+        before = found.asked + found.damaged + found.writes.total()
         with watch:
             found.add(line)
-        if found.asked + found.damaged == before:
-            assert line.startswith(b"-- ") or json.loads(line)["MESSAGE_ID"] == MISSING_ID
+        if (now := found.asked + found.damaged + found.writes.total()) == before:
+            assert line.startswith(b"-- ") or json.loads(line)["MESSAGE_ID"] in (MISSING_ID, NOTICE_ID)
         else:
-            assert found.asked + found.damaged == before + 1
+            assert now == before + 1
     with watch:
         assert page.html(found).replace("\n", "").isprintable()
         told = facts(found)

@@ -103,7 +103,7 @@ def of(*names: str) -> report.Report:
     found = report.Report(user_mode_only=False)
     for number, name in enumerate(names):
         event = replace(EVENT, executable=name, exe_inode=number, user=name, unit=name)
-        found.add(json.dumps({**journal.of_event(event), "_UID": "0"}).encode())
+        found.add(json.dumps({**journal.of_entry(event), "_UID": "0"}).encode())
     assert found.asked == len(names)
     return found
 

@@ -30,10 +30,11 @@ def test_status_shows_the_native_knob_and_ends_with_the_refusal(knob: int) -> No
 def test_doctor_ends_with_the_one_remedy() -> None:
     outcome = uffdguard("doctor")
     assert (outcome.status, outcome.err) == (1, "")
-    *_, row, remedy = outcome.out.splitlines()
+    *_, row, remedy, answer = outcome.out.splitlines()
     assert row.startswith("program seed ")
     assert remedy == "kernel: boot Linux 6.1 or newer"
-    rows = {row["name"]: row for row in json.loads(uffdguard("doctor", "--json").out)}
+    assert answer.startswith("this machine cannot enforce the policy: ")
+    rows = {row["name"]: row for row in json.loads(uffdguard("doctor", "--json").out)["rows"]}
     assert rows["kernel"]["state"] == rows["hook"]["state"] == rows["program decide"]["state"] == "missing"
 
 

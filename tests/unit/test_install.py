@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import signal
+import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ import pytest
 from inside import Killer, forked, watched
 
 from uffdguard import config, install
+from uffdguard.cli.group import cli
 from uffdguard.cli.install import completion
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, native
@@ -52,6 +55,7 @@ def test_everything_is_put_in_place_and_taken_away(root: Path) -> None:
     install.install(COMMAND, Mode.KVM, completion())
     files = written(root)
     assert set(files) == {
+        "etc/systemd/system/uffdguard-fallback.service",
         "etc/systemd/system/uffdguard-knob.service",
         "etc/systemd/system/uffdguard-log.service",
         "etc/systemd/system/uffdguard.service",
@@ -62,7 +66,7 @@ def test_everything_is_put_in_place_and_taken_away(root: Path) -> None:
         "usr/local/share/man/man8/uffdguard.8",
         "var/lib/uffdguard/installed.json",
     }
-    for name in install.NAMES:
+    for name in install.ENABLED:
         unit = files[f"etc/systemd/system/{name}"]
         assert f"={COMMAND} " in unit
         assert "/usr/bin/" not in unit
@@ -84,6 +88,46 @@ def test_it_can_be_repeated_with_another_mode(root: Path) -> None:
     assert config.load().policy == Policy(Mode.ENABLED)
     install.uninstall()
     assert written(root) == {}
+
+
+def test_the_mode_is_kept_unless_another_is_named_and_a_change_is_reported(root: Path) -> None:
+    def install_(mode: Mode | None) -> install.Installed:
+        return install.install(COMMAND, mode, completion())
+
+    assert install_(None) == (Mode.DISABLED, None, Mode.DISABLED)
+    assert install_(Mode.KVM) == (Mode.KVM, Mode.DISABLED, Mode.KVM)
+    assert install_(None) == (Mode.KVM, Mode.KVM, Mode.KVM)
+    config.ADMINISTRATOR.parent.mkdir(exist_ok=True)
+    config.ADMINISTRATOR.write_text('mode = "enabled"\n')
+    assert install_(None) == (Mode.KVM, Mode.KVM, Mode.ENABLED)
+
+
+def test_the_command_prints_the_mode_and_its_change(capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(*words: str) -> list[str]:
+        cli.main(["install", *words], standalone_mode=False)
+        return capsys.readouterr().out.replace(str(config.DEFAULT), "DEFAULT").splitlines()
+
+    def at_once(mode: str) -> str:
+        return f"in force in mode {mode} from the next boot on; at once: systemctl start uffdguard"
+
+    assert printed() == ["mode disabled in DEFAULT", at_once("disabled")]
+    assert printed("--mode", "kvm") == ["mode kvm in DEFAULT; it was disabled", at_once("kvm")]
+    assert printed() == ["mode kvm in DEFAULT, as before", at_once("kvm")]
+    config.ADMINISTRATOR.parent.mkdir(exist_ok=True)
+    config.ADMINISTRATOR.write_text('mode = "enabled"\n')
+    assert printed() == [
+        "mode kvm in DEFAULT, as before",
+        f"but {config.ADMINISTRATOR} or {config.DROP_INS} says enabled, and wins",
+        at_once("enabled"),
+    ]
+
+
+def test_a_configuration_with_which_no_boot_could_start_is_refused(root: Path) -> None:
+    config.ADMINISTRATOR.parent.mkdir(exist_ok=True)
+    config.ADMINISTRATOR.write_text('mode = "kwm"\n')
+    with pytest.raises(Failure, match=r"uffdguard\.toml, line 1: mode: must be one of"):
+        install.install(COMMAND, None, completion())
+    assert list(written(root)) == ["etc/uffdguard.toml"]
 
 
 def test_a_file_of_somebody_else_is_not_written_over(root: Path) -> None:
@@ -144,7 +188,7 @@ def test_a_kill_at_any_step_is_mended_by_install_and_by_uninstall(
             mended_by()
         if mended_by is again:
             assert config.load().policy == Policy(Mode.ENABLED)
-            assert len(written(root)) == 9
+            assert len(written(root)) == 10
             assert install.uninstall() == []
         assert written(root) == {}
         if not killed:
@@ -175,3 +219,105 @@ def test_a_list_that_cannot_be_read_is_told(root: Path, content: bytes) -> None:
 def test_there_is_nothing_to_uninstall_where_nothing_was_installed() -> None:
     with pytest.raises(Failure, match="nothing was put in place"):
         install.uninstall()
+
+
+class TestFallback:
+    """What the unit that a failed start leads to does, run by sh with files of the test in the place of the kernel's.
+
+    In a real boot: tests/boot.
+    """
+
+    @pytest.fixture
+    def run(self, root: Path) -> Callable[[], subprocess.CompletedProcess[str]]:
+        """Return a function that runs it."""
+        unit = (install.shared() / "packaging/systemd/uffdguard-fallback.service").read_text()
+        (script,) = re.findall(r"^ExecStart=:/bin/sh -c '(.*?)'$", unit, re.MULTILINE | re.DOTALL)
+        script = script.replace("\\\n", " ").replace("/sys/fs/bpf", f"{root}/bpf").replace("/proc/sys", f"{root}/sys")
+        assert "/proc" not in script
+        assert "%" not in script  # which systemd takes for its own
+        for directory in ("bpf", "sys/kernel", "sys/vm", "bin"):
+            (root / directory).mkdir(parents=True)
+        umount = root / "bin/umount"
+        umount.write_text(f'#!/bin/sh\necho "$@" >{root}/unmounted\n')
+        umount.chmod(0o755)
+        (root / "sys/kernel/ftrace_enabled").write_text("1\n")
+        (root / "sys/vm/unprivileged_userfaultfd").write_text("1\n")
+        environment = os.environ | {"PATH": f"{root}/bin:{os.environ['PATH']}"}
+        return lambda: subprocess.run(["/bin/sh", "-c", script], env=environment, capture_output=True, text=True)
+
+    @pytest.fixture
+    def knob(self, root: Path) -> Path:
+        return root / "sys/vm/unprivileged_userfaultfd"
+
+    def test_closes_the_knob_and_says_what_to_do(
+        self, root: Path, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]]
+    ) -> None:
+        done = run()
+        assert (done.returncode, done.stderr) == (0, "")
+        assert knob.read_text() == "0\n"
+        assert done.stdout.startswith("<3>uffdguard.service has failed and no policy is in force: ")
+        assert "vm.unprivileged_userfaultfd is 0 now (before: 1), " in done.stdout
+        assert done.stdout.endswith("correct what it names, and run systemctl restart uffdguard.service.\n")
+        assert (root / "unmounted").read_text() == "-a -l -t fuse.uffdguard\n"
+
+    @pytest.mark.parametrize("ftrace", ["1\n", None])
+    def test_leaves_it_where_an_earlier_policy_is_in_force(
+        self, root: Path, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]], ftrace: str | None
+    ) -> None:
+        (root / "bpf/uffdguard").mkdir()
+        (root / "bpf/uffdguard/decide").touch()
+        if not ftrace:
+            (root / "sys/kernel/ftrace_enabled").unlink()
+        done = run()
+        assert (done.returncode, done.stderr) == (0, "")
+        assert knob.read_text() == "1\n"
+        assert done.stdout.startswith("<4>uffdguard.service has failed. The policy that was in force before stays ")
+        assert not (root / "unmounted").exists()
+
+    def test_closes_it_where_ftrace_is_off_and_a_pinned_policy_is_empty(
+        self, root: Path, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]]
+    ) -> None:
+        (root / "bpf/uffdguard").mkdir()
+        (root / "bpf/uffdguard/decide").touch()
+        (root / "sys/kernel/ftrace_enabled").write_text("0\n")
+        assert run().returncode == 0
+        assert knob.read_text() == "0\n"
+
+    def test_closes_it_where_a_start_has_left_other_pins_only(
+        self, root: Path, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]]
+    ) -> None:
+        (root / "bpf/uffdguard").mkdir()
+        (root / "bpf/uffdguard/grants").touch()
+        assert run().returncode == 0
+        assert knob.read_text() == "0\n"
+
+    def test_removes_a_guard_of_sysctls_that_keeps_it_open(
+        self, root: Path, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]]
+    ) -> None:
+        """The kernel's part is played by sleep(1), as which a guard whose pin has gone lets the write pass."""
+        guard = root / "bpf/uffdguard/guard_sysctl"
+        guard.parent.mkdir()
+        guard.touch()
+        knob.rename(root / "freed")
+        knob.mkdir()
+        sleep = root / "bin/sleep"
+        sleep.write_text(f"#!/bin/sh\n[ -e {guard} ] || {{ rmdir {knob}; mv {root}/freed {knob}; }}\n")
+        sleep.chmod(0o755)
+        assert run().returncode == 0
+        assert knob.read_text() == "0\n"
+
+    def test_has_nothing_to_do_on_a_kernel_without_userfaultfd(
+        self, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]]
+    ) -> None:
+        knob.unlink()
+        done = run()
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+    def test_fails_where_it_cannot_close_it(
+        self, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]]
+    ) -> None:
+        knob.unlink()
+        knob.mkdir()
+        done = run()
+        assert done.returncode == 1
+        assert done.stdout.startswith("<2>uffdguard.service has failed, no policy is in force, and vm.unprivileged_")

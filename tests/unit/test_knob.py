@@ -121,7 +121,7 @@ class Watch:
             if self.error:
                 raise self.error
 
-        monkeypatch.setattr(guard, "locked", locked)
+        monkeypatch.setattr(knob, "locked", locked)
         monkeypatch.setattr(guard, "switch", lambda held, mode, asker, knob: self.set(1))
         monkeypatch.setattr(state, "read_policy", lambda fd: policy)
         monkeypatch.setattr(state, "knob_of", lambda policy: 1)

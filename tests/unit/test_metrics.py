@@ -17,12 +17,14 @@ from typing import TYPE_CHECKING
 
 import prometheus
 import pytest
+import rules
 from inside import Outcome, forked, uffdguard
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 from unit import test_cli
 
 from uffdguard import __version__, cli, metrics, state
+from uffdguard.conditions import CONDITIONS
 from uffdguard.errors import Failure, one_line
 from uffdguard.kernel import native
 from uffdguard.policy import Mode, Reason
@@ -50,9 +52,11 @@ STATUS = test_cli.STATUS._replace(
     decisions=dict.fromkeys(Reason, 0) | {Reason.KVM: 30, Reason.NO_KVM: 123456},
     native=0,
     let_pass=0,
+    sysctl_refused=8,
     problems=["one\nthing", "another"],
+    failing=["knob-fits"],
 )
-STOPPED = STATUS._replace(in_force=False, mode=None, user_mode_only=None, native_knob=None, problems=[])
+STOPPED = STATUS._replace(in_force=False, mode=None, user_mode_only=None, native_knob=None, problems=[], failing=[])
 
 TEXT = f"""\
 # HELP uffdguard_build_info The version of uffdguard, and the kernel it runs on.
@@ -80,6 +84,22 @@ uffdguard_native_knob 1.0
 # HELP uffdguard_drift Whether the native knob does not fit the mode.
 # TYPE uffdguard_drift gauge
 uffdguard_drift 0.0
+# HELP uffdguard_condition Whether what must hold does, for a policy to be in force.
+# TYPE uffdguard_condition gauge
+uffdguard_condition{{condition="policy-answers"}} 1.0
+uffdguard_condition{{condition="ftrace-enabled"}} 1.0
+uffdguard_condition{{condition="guard-attached"}} 1.0
+uffdguard_condition{{condition="preemption"}} 1.0
+uffdguard_condition{{condition="jit"}} 1.0
+uffdguard_condition{{condition="pins-complete"}} 1.0
+uffdguard_condition{{condition="knob-fits"}} 0.0
+uffdguard_condition{{condition="kvm-device"}} 1.0
+uffdguard_condition{{condition="native-counted"}} 1.0
+uffdguard_condition{{condition="start-complete"}} 1.0
+uffdguard_condition{{condition="found-recorded"}} 1.0
+uffdguard_condition{{condition="hooks-not-skipped"}} 1.0
+uffdguard_condition{{condition="grants-not-lost"}} 1.0
+uffdguard_condition{{condition="interface-answers"}} 1.0
 # HELP uffdguard_user_mode_only Whether UFFD_USER_MODE_ONLY suffices to be allowed.
 # TYPE uffdguard_user_mode_only gauge
 uffdguard_user_mode_only 0.0
@@ -107,6 +127,9 @@ uffdguard_decisions_total{{reason="native",verdict="refused"}} 0.0
 # HELP uffdguard_let_pass_total Refusals that audit let pass.
 # TYPE uffdguard_let_pass_total counter
 uffdguard_let_pass_total 0.0
+# HELP uffdguard_sysctl_refused_total Writes to sysctls that would undo the policy, refused.
+# TYPE uffdguard_sysctl_refused_total counter
+uffdguard_sysctl_refused_total 8.0
 # HELP uffdguard_events_suppressed_total Events over the limit, which were only counted.
 # TYPE uffdguard_events_suppressed_total counter
 uffdguard_events_suppressed_total 0.0
@@ -172,7 +195,16 @@ def test_without_a_policy_in_force_there_is_no_mode_and_no_counter() -> None:
     found = parsed(text(STOPPED))
     assert found["uffdguard_in_force",] == 0
     assert [found["uffdguard_mode", word] for word in Mode] == [0, 0, 0]
-    assert not [name for name, *_ in found if name.endswith("_total") or name.startswith("uffdguard_grants")]
+    gone = ("uffdguard_grants", "uffdguard_condition")
+    assert not [name for name, *_ in found if name.endswith("_total") or name.startswith(gone)]
+
+
+def test_a_policy_that_does_not_answer_has_conditions_and_no_counter() -> None:
+    found = parsed(text(STOPPED._replace(reason="it does not", failing=["ftrace-enabled"])))
+    conditions = {key[1]: value for key, value in found.items() if key[0] == "uffdguard_condition"}
+    assert {name for name, value in conditions.items() if not value} == {"policy-answers", "ftrace-enabled"}
+    assert set(conditions) == {condition.name for condition in CONDITIONS}
+    assert (found["uffdguard_in_force",], [name for name, *_ in found if name.endswith("_total")]) == (0, [])
 
 
 @pytest.mark.parametrize("error", [Failure("it is\nso", "do that"), PermissionError(1, "no")])
@@ -424,25 +456,21 @@ def test_promtool_accepts_the_rules() -> None:
 
 
 def test_each_alert_fires_when_it_shall_and_not_otherwise(tmp_path: Path) -> None:
-    series = {
-        "UffdguardNotInForce": ("uffdguard_in_force", "1x4 0x20"),
-        "UffdguardDrift": ("uffdguard_drift", "0x4 1x20"),
-        "UffdguardGrantsLost": ("uffdguard_grants_lost_total", "0x4 2x20"),
-    }
+    alerts = [*map(rules.alert, CONDITIONS), *rules.OTHERS]
     tests = {
         "rule_files": [str(prometheus.RULES)],
         "evaluation_interval": "15s",
         "tests": [
             {
                 "interval": "15s",
-                "input_series": [{"series": f'{name}{{instance="a"}}', "values": values}],
+                "input_series": [series(alert)],
                 "alert_rule_test": [
-                    {"eval_time": "45s", "alertname": alert, "exp_alerts": []},
-                    {"eval_time": "4m", "alertname": alert, "exp_alerts": [expected(alert)]},
-                    *({"eval_time": "4m", "alertname": other, "exp_alerts": []} for other in series if other != alert),
+                    {"eval_time": "45s", "alertname": alert.name, "exp_alerts": []},
+                    {"eval_time": "4m", "alertname": alert.name, "exp_alerts": [expected(alert)]},
+                    *({"eval_time": "4m", "alertname": o.name, "exp_alerts": []} for o in alerts if o != alert),
                 ],
             }
-            for alert, (name, values) in series.items()
+            for alert in alerts
         ],
     }
     (tmp_path / "tests.yml").write_text(json.dumps(tests))
@@ -450,15 +478,21 @@ def test_each_alert_fires_when_it_shall_and_not_otherwise(tmp_path: Path) -> Non
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def expected(alert: str) -> dict[str, dict[str, str]]:
-    text = prometheus.RULES.read_text().split(f"alert: {alert}\n")[1].split("- alert")[0]
-    severity, summary, description = (
-        re.findall(rf"{word}: (.*)", text)[0] for word in ("severity", "summary", "description")
-    )
-    return {
-        "exp_labels": {"severity": severity, "instance": "a"},
-        "exp_annotations": {"summary": summary.replace("{{ $labels.instance }}", "a"), "description": description},
-    }
+def series(alert: rules.Alert) -> dict[str, str]:
+    """Return the one series that an alert looks at, which begins to fail after a minute."""
+    found = re.search(r"(uffdguard_\w+)(?:{(.*?)})?(?:\[10m\]\) > 0| == ([01]))", alert.expression)
+    assert found
+    labels = ",".join(filter(None, ('instance="a"', found[2])))
+    values = {"0": "1x4 0x20", "1": "0x4 1x20", None: "0x4 2x20"}[found[3]]
+    return {"series": f"{found[1]}{{{labels}}}", "values": values}
+
+
+def expected(alert: rules.Alert) -> dict[str, dict[str, str]]:
+    condition = re.findall(r'condition="(.*?)"', alert.expression)
+    labels = {"severity": alert.severity, "instance": "a"} | ({"condition": condition[0]} if condition else {})
+    summary = f"{alert.wrong}, on a."
+    description = f"What to do: {alert.remedy}. uffdguard status tells more."
+    return {"exp_labels": labels, "exp_annotations": {"summary": summary, "description": description}}
 
 
 def test_the_dashboard_asks_for_what_is_exported_and_shows_all_of_it() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
 
+from uffdguard.errors import Failure
 from uffdguard.kernel import native
 
 if TYPE_CHECKING:
@@ -35,3 +37,14 @@ def test_a_mount_of_any_name_does_not_hide_or_feign_the_interface_file(
     monkeypatch.setattr(native, "MOUNTS", tmp_path / "mountinfo")
     native.MOUNTS.write_bytes(ROW % (name, name, b"fuse.x", name) + COVER * covered)
     assert native.is_covered() == covered
+
+
+@pytest.mark.parametrize("member", [False, True])
+def test_who_may_not_join_the_group_of_our_directories_is_told(monkeypatch: pytest.MonkeyPatch, member: bool) -> None:
+    def refuse(groups: list[int]) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("os.setgroups", refuse)
+    monkeypatch.setattr("os.getgroups", lambda: [native.OWNER] * member)
+    with contextlib.nullcontext() if member else pytest.raises(Failure, match="no CAP_SETGID; run it as root"):
+        native.join_owner()

@@ -18,16 +18,17 @@ import click
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from unit.test_journal import EVENT
+from unit.test_journal import EVENT, WRITE
 
 from uffdguard import cli, config, journal, page, report, steps
+from uffdguard.events import Notice
 from uffdguard.policy import Mode, Policy, Request, decide
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from uffdguard.events import Event
+    from uffdguard.events import Entry, Event
 
     Journal = Callable[..., Path]
     Run = Callable[..., tuple[int, str, str]]
@@ -82,7 +83,12 @@ HOSTILE = [
 def entry(event: Event, uid: int = 0) -> dict[str, str]:
     """Return an entry whose executable is a file of its own for each name."""
     event = replace(event, exe_inode=zlib.crc32((event.executable or event.command).encode()))
-    return {**journal.of_event(event), "_UID": str(uid), "_PID": "1"}
+    return sent(event, uid)
+
+
+def sent(entry: Entry, uid: int = 0) -> dict[str, str]:
+    """Return ENTRY as the journal has it of a process of UID."""
+    return {**journal.of_entry(entry), "_UID": str(uid), "_PID": "1"}
 
 
 @pytest.fixture(autouse=True)
@@ -130,9 +136,16 @@ def test_a_program_is_one_file_and_has_its_path_once_that_is_known() -> None:
     short, long = replace(EVENT, executable="python3.11"), replace(EVENT, executable="/usr/bin/python3.11")
     other = replace(short, exe_inode=short.exe_inode + 1)
     found = report.Report(False)
-    for event in (short, long, short, other):
-        found.add(json.dumps(journal.of_event(event)).encode())
-    assert {who.program: uses.asked for who, uses in found.uses.items()} == {"/usr/bin/python3.11": 3, "python3.11": 1}
+    # What another user's process says of the same file renames nothing but its own uses.
+    liar = replace(long, executable="/usr/bin/qemu-system-x86_64", user="eve")
+    for event in (short, long, liar, short, other):
+        found.add(json.dumps(journal.of_entry(event)).encode())
+    assert {who[:2]: uses.asked for who, uses in found.uses.items()} == {
+        ("/usr/bin/python3.11", "ada"): 3,
+        ("python3.11", "ada"): 1,
+        ("/usr/bin/qemu-system-x86_64", "eve"): 1,
+    }
+    assert found.programs == 3
 
 
 def test_uses_are_counted_by_program_user_and_unit(journal_of: Journal, run: Run) -> None:
@@ -161,11 +174,13 @@ def test_uses_are_counted_by_program_user_and_unit(journal_of: Journal, run: Run
     for use in expected:
         use["refused_by"] = dict(zip(Mode, use["refused_by"], strict=True))
     assert found["uses"] == expected
-    assert found["refused_programs"] == {
-        "disabled": {"/usr/bin/qemu-system-x86_64": 4, "/usr/bin/java": 2, "python3": 1},
-        "enabled": {},
-        "kvm": {"/usr/bin/java": 2, "python3": 1},
+    programs = {
+        mode: {(one["name"], one["user"]): one["refused"] for one in refused}
+        for mode, refused in found["refused_programs"].items()
     }
+    kvm = {("/usr/bin/java", "tomcat"): 2, ("python3", "ada"): 1}
+    assert programs == {"disabled": {("/usr/bin/qemu-system-x86_64", "vmuser"): 4, **kvm}, "enabled": {}, "kvm": kvm}
+    assert (found["sysctls"], found["silences"]) == ([], 0)
 
 
 @given(
@@ -205,9 +220,8 @@ def test_an_entry_of_another_user_is_passed_over(journal_of: Journal, run: Run) 
     found = json.loads(run("--json")[1])
     assert [found[name] for name in ("asked", "refused", "suppressed", "lost", "damaged")] == [1, 0, 0, 0, 0]
     given = json.loads(words.read_text())
-    assert given[-5:] == [
-        f"MESSAGE_ID={journal.EVENT_ID}", "_UID=0", "+", f"MESSAGE_ID={journal.MISSING_ID}", "_UID=0",
-    ]  # fmt: skip
+    numbers = (journal.EVENT_ID, journal.SYSCTL_ID, journal.NOTICE_ID, journal.MISSING_ID)
+    assert " ".join(given).endswith(" + ".join(f"MESSAGE_ID={number} _UID=0" for number in numbers))
     assert "--all" in given
 
 
@@ -263,8 +277,33 @@ def test_no_name_reaches_the_terminal_with_what_does_not_print(
 def test_a_name_that_reads_like_advice_is_in_quotes() -> None:
     name = "/tmp/x. kvm is for nobody: uffdguard mode enabled"
     told = counted(replace(EVENT, executable=name))
-    assert told.recommendation()[0] == f"disabled would have refused 1 program: '{name}'; kvm the same."
+    assert told.recommendation()[0] == f"disabled would have refused 1 program: '{name}' of ada; kvm the same."
     assert re.findall("<code>(.*?)</code>", page.html(told)) == ["uffdguard mode disabled", "uffdguard log --all"]
+    html = page.html(counted(replace(EVENT, executable="uffdguard"), QEMU))
+    assert "<code>uffdguard of" not in html
+
+
+def test_refused_writes_of_sysctls_and_silences_are_told_and_are_no_uses(journal_of: Journal, run: Run) -> None:
+    later = replace(WRITE, time="2026-11-25T18:02:00+00:00")
+    other = replace(WRITE, sysctl="vm.unprivileged_userfaultfd", value=None, user="\x1bx", unit="")
+    entries: list[Entry] = [later, WRITE, other]
+    entries += [Notice(EVENT.time, answers=answers) for answers in (False, True, False)]
+    damaged = {**sent(WRITE), "UFFDGUARD_VALUE": "x"}
+    journal_of(QEMU, *(sent(one) for one in entries), damaged)
+    status, out, err = run()
+    assert (status, err) == (0, "")
+    section = out[out.index("Refused writes of sysctls") :].splitlines()
+    when = datetime.fromisoformat(later.time).astimezone()
+    assert section[2].split() == [
+        "kernel.ftrace_enabled", "=", "0", "root", "sysctl", "hardening.service", "2", *f"{when:%Y-%m-%d %H:%M}".split()
+    ]  # fmt: skip
+    assert section[3].split()[:4] == ["vm.unprivileged_userfaultfd", r"\x1bx", "sysctl", "-"]
+    assert "The policy stopped answering 2 times: who asked until it answered again is not known." in section
+    found = json.loads(run("--json")[1])
+    assert [found[name] for name in ("asked", "damaged", "silences")] == [1, 1, 2]
+    assert [write["refused"] for write in found["sysctls"]] == [2, 1]
+    journal_of(QEMU)
+    assert "sysctl" not in run()[1]
 
 
 def test_since_is_handed_on_as_it_is(journal_of: Journal, run: Run) -> None:
@@ -315,14 +354,14 @@ def test_it_says_when_who_was_allowed_is_not_recorded() -> None:
             [CRIU, QEMU],
             [
                 "kvm is the strictest mode that would have refused nobody: uffdguard mode kvm.",
-                "disabled would have refused 1 program: /usr/bin/qemu-system-x86_64.",
+                "disabled would have refused 1 program: /usr/bin/qemu-system-x86_64 of vmuser.",
             ],
         ),
         (
             [QEMU, EVENT],
             [
-                "kvm would have refused 1 program: python3.",
-                "disabled would have refused 2 programs: /usr/bin/qemu-system-x86_64, python3.",
+                "kvm would have refused 1 program: python3 of ada.",
+                "disabled would have refused 2 programs: /usr/bin/qemu-system-x86_64 of vmuser, python3 of ada.",
                 "Only enabled would have refused nobody, and it allows everybody.",
                 "If none of those that kvm would have refused must have a userfaultfd: uffdguard mode kvm.",
             ],
@@ -330,8 +369,9 @@ def test_it_says_when_who_was_allowed_is_not_recorded() -> None:
         (
             [EVENT, JAVA],
             [
-                "disabled would have refused 2 programs: /usr/bin/java, python3; kvm the same.",
-                'With user-mode-only = "allow" in the configuration, disabled would have refused 1 program: python3.',
+                "disabled would have refused 2 programs: /usr/bin/java of tomcat, python3 of ada; kvm the same.",
+                'With user-mode-only = "allow" in the configuration, disabled would have refused 1 program: '
+                "python3 of ada.",
                 "Only enabled would have refused nobody, and it allows everybody.",
                 "If none of those that disabled would have refused must have a userfaultfd: uffdguard mode disabled.",
             ],
@@ -339,7 +379,8 @@ def test_it_says_when_who_was_allowed_is_not_recorded() -> None:
         (
             [replace(EVENT, command=str(number)) for number in range(7)],
             [
-                "disabled would have refused 7 programs: 0, 1, 2, 3, 4, 2 more; kvm the same.",
+                f"disabled would have refused 7 programs: {', '.join(f'{n} of ada' for n in range(5))}, 2 more; "
+                "kvm the same.",
                 "Only enabled would have refused nobody, and it allows everybody.",
                 "If none of those that disabled would have refused must have a userfaultfd: uffdguard mode disabled.",
             ],
@@ -445,7 +486,11 @@ class TestPage:
         assert "and 20 more, which asked 20 times" in html
 
     def test_a_hostile_name_is_text(self) -> None:
-        html = page.html(counted(*(replace(EVENT, executable=name, user=name, unit=name) for name in HOSTILE)))
+        told = counted(*(replace(EVENT, executable=name, user=name, unit=name) for name in HOSTILE))
+        for name in HOSTILE:
+            told.add(json.dumps(sent(replace(WRITE, user=name, command=name, unit=name))).encode())
+        html = page.html(told)
+        assert html.count("<td>kernel.ftrace_enabled = 0<td>") == len(HOSTILE)
         assert not re.search(r"<script|<img|\x1b", html)
         assert "&lt;script&gt;document.title=&#x27;hacked&#x27;&lt;/script&gt;" in html
 

@@ -313,6 +313,48 @@ static void use_existing(int user)
 	pthread_join(thread, NULL);
 }
 
+/*
+ * Have PATH as our executable, as CRIU does where it restores. The kernel refuses that while the old one is mapped: each
+ * of its mappings gives way to a copy in the same place.
+ */
+static void set_executable(const char *path)
+{
+	struct prctl_mm_map map = { .brk = (long)sbrk(0), .exe_fd = open(path, O_RDONLY) };
+	__u64 *found[] = { [26] = &map.start_code, [27] = &map.end_code,   [28] = &map.start_stack,
+			   [45] = &map.start_data, [46] = &map.end_data,   [47] = &map.start_brk,
+			   [48] = &map.arg_start,  [49] = &map.arg_end,    [50] = &map.env_start,
+			   [51] = &map.env_end };
+	char text[1 << 14] = "", own[4096] = "", mode[5], *line, *word;
+	int maps = open("/proc/self/maps", O_RDONLY), stat = open("/proc/self/stat", O_RDONLY), field = 2;
+	long length = 0, part;
+	unsigned long from, to;
+
+	if (map.exe_fd == (__u32)-1 || readlink("/proc/self/exe", own, sizeof(own) - 1) < 0)
+		fail(path);
+	while ((part = read(maps, text + length, sizeof(text) - 1 - length)) > 0)
+		length += part;
+	for (line = strtok(text, "\n"); line; line = strtok(NULL, "\n")) {
+		if (!strstr(line, own) || sscanf(line, "%lx-%lx %4s", &from, &to, mode) != 3)
+			continue;
+		void *copy = mmap(NULL, to - from, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+		if (copy == MAP_FAILED)
+			fail("mmap");
+		memcpy(copy, (void *)from, to - from);
+		if (mprotect(copy, to - from,
+			     (mode[0] == 'r' ? PROT_READ : 0) | (mode[1] == 'w' ? PROT_WRITE : 0) |
+				     (mode[2] == 'x' ? PROT_EXEC : 0)) ||
+		    mremap(copy, to - from, to - from, MREMAP_MAYMOVE | MREMAP_FIXED, from) == MAP_FAILED)
+			fail("mremap");
+	}
+	text[read(stat, text, sizeof(text) - 1)] = 0;
+	for (word = strtok(strrchr(text, ')') + 1, " "); word; word = strtok(NULL, " "))
+		if (++field < 52 && found[field])
+			*found[field] = strtoul(word, NULL, 10);
+	if (prctl(PR_SET_MM, PR_SET_MM_MAP, &map, sizeof(map), 0))
+		fail("PR_SET_MM_MAP");
+}
+
 static void await(pid_t pid)
 {
 	int status;
@@ -431,6 +473,8 @@ static void run(char **steps)
 			prctl(PR_SET_NAME, word);
 		else if (IS("unshare-user") && unshare(CLONE_NEWUSER))
 			fail(step);
+		else if (IS("executable"))
+			set_executable(word);
 		else if (IS("use-existing"))
 			use_existing(number);
 		else if (IS("wait") && read(0, &byte, 1) < 0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,18 +43,23 @@ def steps(request: pytest.FixtureRequest) -> int:
     return number
 
 
+@functools.cache
+def compiled(text: str, by: str) -> Path:
+    """Return the object of guard.bpf.c with one TEXT replaced; the compiler takes long here."""
+    source = Path(features.__file__).with_name("guard.bpf.c").read_text()
+    assert source.count(text) == 1
+    changed = Path(tempfile.mkdtemp(), "guard.bpf.c")
+    changed.write_text(source.replace(text, by))
+    hatch_build.compile_bpf(changed, changed.with_suffix(".o"))
+    return changed.with_suffix(".o")
+
+
 @pytest.fixture
-def variant(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+def variant(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Return a function that has start load guard.bpf.c with one text replaced by another."""
 
     def replace(text: str, by: str) -> None:
-        source = Path(features.__file__).with_name("guard.bpf.c").read_text()
-        assert source.count(text) == 1
-        folder = tmp_path_factory.mktemp("variant")
-        changed = folder / "guard.bpf.c"
-        changed.write_text(source.replace(text, by))
-        hatch_build.compile_bpf(changed, folder / "guard.bpf.o")
-        monkeypatch.setattr(features, "OBJECT", folder / "guard.bpf.o")
+        monkeypatch.setattr(features, "OBJECT", compiled(text, by))
 
     return replace
 

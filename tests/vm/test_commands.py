@@ -119,36 +119,6 @@ def test_an_ordinary_user_is_told_that_root_is_needed(arguments: tuple[str, ...]
     assert not native.RUN.exists()
 
 
-def test_doctor_finds_nothing_missing_here() -> None:
-    outcome = uffdguard("doctor", "--json")
-    rows = {row["name"]: row for row in json.loads(outcome.out)}
-    assert outcome.status == 0
-    assert {row["state"] for row in rows.values()} <= {"ok", "warning"}
-    assert "everybody may open /dev/kvm" in rows["KVM"]["fact"]
-    native.DEV_KVM.chmod(0o660)
-    rows = {row["name"]: row for row in json.loads(uffdguard("doctor", "--json").out)}
-    assert {row["state"] for row in rows.values()} == {"ok"}
-    assert {f"program {name}" for name in ("decide", "grant", "forget", "seed", "administrators")} < set(rows)
-    assert not native.RUN.exists()
-
-
-def test_doctor_works_for_an_ordinary_user_while_a_policy_is_in_force(in_force: Callable[..., None]) -> None:
-    in_force("kvm")
-    outcome = uffdguard("doctor", "--json", user=USER)
-    rows = {row["name"]: row for row in json.loads(outcome.out)}
-    assert (outcome.status, outcome.err) == (1, "")
-    assert (rows["privileges"]["state"], rows["sysctl"]["state"]) == ("missing", "ok")
-
-
-def test_a_procfs_of_ours_that_is_gone_is_named_and_mended(in_force: Callable[..., None]) -> None:
-    in_force("kvm")
-    native.unmount(native.PROC)
-    assert "no procfs is mounted on /run/uffdguard/proc" in uffdguard("status").out
-    assert "no procfs is mounted on /run/uffdguard/proc; run uffdguard start" in uffdguard("mode", "enabled").err
-    assert uffdguard("start").status == 0
-    assert uffdguard("status").status == 0
-
-
 def test_a_compiled_program_that_is_missing_is_told_on_one_line(
     in_force: Callable[..., None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

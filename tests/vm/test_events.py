@@ -10,16 +10,18 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from inside import ACTOR, USER, actor, forked, journald, kernel_memory, uffdguard, until
+from inside import ACTOR, USER, actor, forked, journald, kernel_memory, uffdguard, until, waiting_actor
+from vm import silent
 
-from uffdguard import guard, inspect, journal, state
-from uffdguard.events import LEASE, Event, Stream
-from uffdguard.kernel import layout, libbpf, native
+from uffdguard import guard, inspect, journal, proof, report, state
+from uffdguard.events import INTERVAL, LEASE, Event, Stream
+from uffdguard.kernel import features, layout, libbpf, native
 from uffdguard.policy import Mode, Policy, Reason
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ KVM = "open:/dev/kvm"
 HOSTILE = "\x1b[31m\n<b>[red]"
 ESCAPED = r"\x1b[31m\n<b>[red]"
 OTHER = 1001
+UFFDGUARD = [sys.executable, "-m", "uffdguard"]
 #: The actor, root in a user namespace that is in another.
 NESTED = ["unshare", "-Ur", "unshare", "-Ur", str(ACTOR)]
 
@@ -133,6 +136,24 @@ class TestAnEvent:
                 batch = stream.read()
             process.communicate(b"\n")
         assert batch.events[0].executable == str(ACTOR)
+
+    def test_has_the_executable_that_the_process_says_and_whose_it_is(self, kvm: None) -> None:
+        """Root of a user namespace of one's own has any file there is as the executable: PR_SET_MM_MAP."""
+        other = Path("/usr/bin/env").resolve()
+        stream = Stream(None)
+        stream.read()
+        with waiting_actor("name:env", "unshare-user", f"executable:{other}", "syscall", "wait") as go_on:
+            batch = stream.read()
+            assert go_on() == ["EPERM"]
+        (event,) = batch.events
+        assert (event.executable, event.exe_inode, event.command) == (str(other), other.stat().st_ino, "env")
+        assert (event.uid, event.owner, event.initial_user_namespace) == (USER, USER, False)
+        # Which is why report names the user with it, and lets it rename nothing of another's.
+        found = report.Report(user_mode_only=False)
+        for one in (event, replace(event, user="ada", executable="env")):
+            found.add(json.dumps(journal.of_entry(one)).encode())
+        assert {who.user: who.program for who in found.uses} == {event.user: str(other), "ada": "env"}
+        assert f"{other} of {event.user}" in found.recommendation()[0]
 
     def test_says_the_control_group_and_what_is_named_by_it(self, kvm: None) -> None:
         if not (root := Path("/run/cgroup2")).exists():
@@ -602,6 +623,79 @@ class TestLog:
             assert process.wait(20) == 1
             assert process.stderr
             assert process.stderr.read() == "uffdguard: the policy is not in force; run uffdguard start\n"
+
+
+def test_refused_sysctls_and_silence_are_told_by_watch_log_and_report(in_force: Callable[..., None]) -> None:
+    in_force("disabled")
+    with (
+        journald(),
+        subprocess.Popen([*UFFDGUARD, "log"]) as log,
+        subprocess.Popen([*UFFDGUARD, "watch", "--json", "--since-boot"], stdout=subprocess.PIPE, text=True) as watch,
+    ):
+        assert watch.stdout
+        actor("device")
+        for path, text in ((features.FTRACE_ENABLED, "0\n"), (native.FILE, "1\n"), (native.FILE, "x\n")):
+            with pytest.raises(PermissionError):
+                path.write_text(text)
+        actor("device", user=OTHER)
+        _, first, ftrace, knob, other, last = (json.loads(watch.stdout.readline()) for _ in range(6))
+        assert (first["uid"], last["uid"], "sysctl" in first) == (USER, OTHER, False)
+        assert [(one["sysctl"], one["value"]) for one in (ftrace, knob, other)] == [
+            ("kernel.ftrace_enabled", 0), ("vm.unprivileged_userfaultfd", 1), ("vm.unprivileged_userfaultfd", None),
+        ]  # fmt: skip
+        assert (ftrace["pid"], ftrace["user"], ftrace["mode"]) == (os.getpid(), "root", "disabled")
+        assert ftrace["executable"] == str(Path("/proc/self/exe").readlink())
+        until(lambda: written() == newest())
+        for answers in (False, True):
+            with state.pinned() as found:
+                proof.record(found.fds, answers=answers)
+            assert json.loads(watch.stdout.readline())["answers"] is answers
+            time.sleep(2 * INTERVAL)  # log looks no less often
+        subprocess.run(["journalctl", "--sync"], check=True)
+        found = json.loads(uffdguard("report", "--json").out)
+        assert [found[name] for name in ("asked", "silences", "damaged")] == [2, 1, 0]
+        assert [(one["setting"], one["refused"]) for one in found["sysctls"]] == [
+            ("kernel.ftrace_enabled = 0", 1),
+            ("vm.unprivileged_userfaultfd = 1", 1),
+            ("vm.unprivileged_userfaultfd", 1),
+        ]
+        watch.terminate()
+        log.terminate()
+
+
+def test_a_file_system_that_does_not_answer_holds_up_nobody(kvm: None) -> None:
+    """An ordinary user asks from a program on it; then another user asks."""
+    with (
+        journald(),
+        subprocess.Popen([*UFFDGUARD, "log"]) as log,
+        subprocess.Popen([*UFFDGUARD, "watch", "--json"], stdout=subprocess.PIPE, text=True) as watch,
+        silent.running(ACTOR, "wait", "syscall", KVM, "wait") as program,
+    ):
+        until(lambda: held(journal.WRITTEN))
+        assert watch.stdout
+        actor("syscall", user=OTHER)
+        json.loads(watch.stdout.readline())  # it has begun
+        program.fall_silent()
+        program.go_on()
+        event = json.loads(watch.stdout.readline())
+        assert (event["pid"], event["uid"], event["executable"]) == (program.pid, USER, "/mnt/over/program")
+        actor("device", user=OTHER)
+        assert json.loads(watch.stdout.readline())["uid"] == OTHER
+        until(lambda: written() == newest())
+        subprocess.run(["journalctl", "--sync"], check=True)
+        assert json.loads(uffdguard("report", "--json").out)["asked"] == 3
+        until(lambda: program.pid in {holder["pid"] for holder in json.loads(uffdguard("holders", "--json").out)})
+        assert uffdguard("check", str(program.pid)).out.startswith("allowed (kvm)")
+        assert uffdguard("status").status == 0
+        assert not program.awaited
+        # So it is for whoever looks at the file:
+        looker = forked(lambda: Path(f"/proc/{program.pid}/exe").stat())
+        until(lambda: program.awaited)
+        os.kill(looker, signal.SIGKILL)
+        until(lambda: Path(f"/proc/{looker}/stat").read_text().rpartition(")")[2].split()[0] == "D")
+        watch.terminate()
+        log.terminate()
+    os.waitpid(looker, 0)
 
 
 def test_log_says_that_there_is_no_journal(kvm: None) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from inside import USER, actor, force_knob, forked, hold_maps_only, uffdguard, until, waiting_actor
+from inside import USER, actor, force_knob, forked, uffdguard, until, waiting_actor
 
 from uffdguard import guard, knob, state
 from uffdguard.errors import Failure
@@ -333,42 +333,17 @@ def test_a_native_knob_that_somebody_else_writes_while_it_is_served_is_named_and
     assert in_order(mode)
 
 
-class TestProcfsOfOurs:
-    """Without it the covered knob can be reached by none of our commands."""
-
-    def test_is_missed_by_name_while_the_file_is_served_and_start_mends_it(self, serving: Callable[[str], int]) -> None:
-        serving("kvm")
-        native.unmount(native.PROC)
-        assert names("no procfs is mounted on /run/uffdguard/proc")
-        assert state.status().native_knob is None
-        assert ways() == NOTHING
-        start()
-        assert in_order("kvm")
-
-    def test_is_not_needed_by_the_server_to_close_the_knob(
-        self, serving: Callable[[str], int], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(knob.Server, "hold", hold_maps_only)
-        pid = serving("kvm")
-        native.unmount(native.PROC)
-        for link in state.LINKS:
-            (state.PINS / link).unlink()
-        assert os.waitpid(pid, 0)[1] != 0
-        assert native.FILE.read_text() == "0\n"
-        assert ways() == NATIVE[0]
-
-    def test_is_removed_with_all_of_run_and_the_server_which_cannot_lock_closes_the_knob(
-        self, serving: Callable[[str], int]
-    ) -> None:
-        pid = serving("kvm")
-        native.unmount(native.PROC)
-        subprocess.run(["rm", "-r", native.RUN], check=True)
-        assert os.waitpid(pid, 0)[1] != 0
-        assert native.FILE.read_text() == "0\n"
-        assert ways() == NOTHING
-        assert state.status().problems
-        start()
-        assert in_order("kvm")
+def test_the_directory_of_the_lock_is_removed_and_the_server_which_cannot_lock_closes_the_knob(
+    serving: Callable[[str], int],
+) -> None:
+    pid = serving("kvm")
+    subprocess.run(["rm", "-r", native.RUN], check=True)
+    assert os.waitpid(pid, 0)[1] != 0
+    assert native.FILE.read_text() == "0\n"
+    assert ways() == NOTHING
+    assert state.status().problems
+    start()
+    assert in_order("kvm")
 
 
 class TestDevKvm:
@@ -397,10 +372,10 @@ class TestDevKvm:
             assert opened == "allowed"
             assert answers == ["EPERM"] * len(ALL)
             assert names("/dev/kvm is not the character device 10:232: it grants nobody")
-            rows = {row["name"]: row for row in json.loads(uffdguard("doctor", "--json").out)}
+            rows = {row["name"]: row for row in json.loads(uffdguard("doctor", "--json").out)["rows"]}
             assert (rows["KVM"]["state"], rows["KVM"]["fact"]) == (
                 "warning",
-                "/dev/kvm is not the character device 10:232",
+                "/dev/kvm is not the character device 10:232: it grants nobody",
             )
         finally:
             native.DEV_KVM.unlink()

@@ -309,6 +309,16 @@ class TestCheck:
             thread = int(failure.value.hint.split()[-1])
             assert check(thread).reason == "native"
 
+    def test_of_a_policy_that_does_not_answer_says_so(
+        self, silence: Callable[[bool], None], in_force: Callable[..., None]
+    ) -> None:
+        in_force("kvm")
+        silence(True)
+        for arguments in (("check", "1"), ("check", "--", "true"), ("holders",), ("watch",)):
+            outcome = uffdguard(*arguments)
+            assert (outcome.status, outcome.out, outcome.err.count("\n")) == (1, "", 1)
+            assert outcome.err.startswith("uffdguard: the policy is not in force: ")
+
     def test_of_a_damaged_policy_says_so(self, in_force: Callable[..., None]) -> None:
         in_force("kvm")
         (state.PINS / "decide").unlink()

@@ -14,9 +14,10 @@ def test_install_enables_the_units_and_uninstall_leaves_nothing() -> None:
     before = found()
     out = subprocess.check_output([command, "install", "--mode", "kvm"], text=True)
     assert "systemctl start uffdguard" in out
-    for unit in install.NAMES:
-        enabled = subprocess.run(["systemctl", "is-enabled", unit], capture_output=True, text=True)
-        assert enabled.stdout == "enabled\n"
+    enabled = subprocess.run(["systemctl", "is-enabled", *install.NAMES], capture_output=True, text=True)
+    assert enabled.stdout.split() == [*("enabled" for _ in install.ENABLED), "static"]
+    again = subprocess.check_output([command, "install"], text=True)
+    assert again.startswith("mode kvm in /usr/lib/uffdguard.toml, as before\n")
     assert 'mode = "kvm"' in Path("/usr/lib/uffdguard.toml").read_text()
     assert subprocess.run([command, "uninstall"]).returncode == 0
     assert found() == before

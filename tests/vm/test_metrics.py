@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import prometheus
 import pytest
-from inside import actor, force_knob, uffdguard, until, waiting_actor
+from inside import actor, uffdguard, until, waiting_actor
 
 from uffdguard import state
+from uffdguard.conditions import CONDITIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,30 +46,36 @@ def test_prometheus_has_what_was_decided(in_force: Callable[..., None], scraper:
     until(lambda: scraper.query("uffdguard_grants") == {(): 0})
     assert scraper.get("alerts")["alerts"] == []
 
+    # So that something fails, of which there is an expression.
+    state.FOUND.unlink()
+    until(lambda: scraper.query("uffdguard_condition == 0") == {("found-recorded",): 0})
     for (panel, kind, _), expression in prometheus.expressions().items():
         answer = scraper.get("query", query=expression)["result"]
         assert answer, f"{panel}: {expression}"
         assert kind in ("stat", "timeseries")
 
 
-def test_drift_and_damage_are_seen_and_alert(in_force: Callable[..., None], scraper: prometheus.Prometheus) -> None:
+def test_a_condition_and_the_end_of_the_policy_are_seen_and_alert(
+    in_force: Callable[..., None], scraper: prometheus.Prometheus
+) -> None:
     def alerts() -> set[str]:
         return {alert["labels"]["alertname"] for alert in scraper.get("alerts")["alerts"]}
 
     in_force("kvm")
     actor("syscall")
     until(lambda: scraper.query("sum(uffdguard_decisions_total)") == {(): 1} and not alerts())
-    force_knob(0)
-    until(lambda: scraper.query("uffdguard_drift") == {(): 1})
+    assert set(scraper.query("uffdguard_condition == 1")) == {(condition.name,) for condition in CONDITIONS}
+    state.FOUND.unlink()
+    until(lambda: scraper.query("uffdguard_condition == 0") == {("found-recorded",): 0})
     assert scraper.query("uffdguard_problems") == {(): 1}
-    until(lambda: alerts() == {"UffdguardDrift"})
-    force_knob(1)
+    until(lambda: alerts() == {"UffdguardFoundLost"})
+    in_force("kvm")
     until(lambda: not alerts())
     (state.PINS / "decide").unlink()
     until(lambda: scraper.query("uffdguard_in_force") == {(): 0})
     assert scraper.query("uffdguard_decisions_total") == {}
     assert scraper.query("uffdguard_problems > 0")
-    until(lambda: alerts() == {"UffdguardNotInForce"})
+    until(lambda: "UffdguardNotInForce" in alerts())
     in_force("kvm")
     until(lambda: scraper.query("uffdguard_in_force") == {(): 1} and not alerts())
     assert scraper.query("uffdguard_problems") == {(): 0}
@@ -85,7 +92,9 @@ def test_promtool_has_nothing_to_say_about_the_metrics_of_each_state(in_force: C
     assert "\nuffdguard_in_force 0.0\n" in check()
     in_force("kvm")
     assert '\nuffdguard_mode{mode="kvm"} 1.0\n' in check()
-    for pin in sorted(state.PINS.iterdir()):
+    (state.PINS / "grants").unlink()
+    assert '\nuffdguard_condition{condition="pins-complete"} 0.0\n' in check()
+    for pin in state.PINS.iterdir():
         pin.unlink()
-        assert "\nuffdguard_problems 0.0\n" not in check()
+    assert '\nuffdguard_condition{condition="pins-complete"} 0.0\n' in check()
     in_force("kvm")

@@ -43,8 +43,8 @@ def a_journal() -> Iterator[None]:
 def test_it_counts_what_root_wrote_and_nothing_else() -> None:
     # Of more bytes than journalctl shows of a field unless it is asked to.
     far = replace(EVENT, exe_inode=1, executable="/" + r"\x1b" * 2000)
-    send(*[journal.of_event(EVENT)] * 3, journal.of_event(far), journal.of_missing(4, 5))
-    send(*[journal.of_event(EVENT)] * 7, journal.of_missing(1000, 1000), user=USER)
+    send(*[journal.of_entry(EVENT)] * 3, journal.of_entry(far), journal.of_missing(4, 5))
+    send(*[journal.of_entry(EVENT)] * 7, journal.of_missing(1000, 1000), user=USER)
     send({"MESSAGE_ID": journal.EVENT_ID, "MESSAGE": "damaged"})
     found = json.loads(uffdguard("report", "--json").out)
     assert [(use["program"], use["asked"]) for use in found["uses"]] == [("python3", 3), (far.executable, 1)]
@@ -52,7 +52,7 @@ def test_it_counts_what_root_wrote_and_nothing_else() -> None:
 
 
 def test_a_time_is_journalctls() -> None:
-    send(journal.of_event(EVENT))
+    send(journal.of_entry(EVENT))
     assert json.loads(uffdguard("report", "--json", "--since", "-1h").out)["asked"] == 1
     nothing = uffdguard("report", "--since", "tomorrow")
     assert (nothing.status, nothing.err) == (0, "")
@@ -63,7 +63,7 @@ def test_a_time_is_journalctls() -> None:
 
 
 def test_who_may_not_read_the_journal_is_told_so() -> None:
-    send(journal.of_event(EVENT))
+    send(journal.of_entry(EVENT))
     refused = uffdguard("report", user=USER)
     assert (refused.status, refused.out, refused.err.count("\n")) == (1, "", 1)
     assert "insufficient permissions" in refused.err

@@ -10,26 +10,33 @@ import click
 def command(json: bool) -> None:
     """Show what enforcement needs of this machine.
 
-    And what to do about what is missing. Loads each program once to see whether the kernel takes it; attaches
-    nothing. Exits with 1 when the policy could not be put in force here.
+    And what to do about what is missing; the last line says whether this machine can enforce the policy. Loads each
+    program once to see whether the kernel takes it; attaches nothing. Exits with 1 when anything is missing.
     """
-    from dataclasses import asdict
-
     from uffdguard.cli import render
     from uffdguard.kernel import features
 
     rows = [*features.rows(), *features.program_rows()]
+    able = features.can_enforce(rows)
+    missing = [row for row in rows if row.state == "missing"]
     if json:
-        render.as_json([asdict(row) for row in rows])
+        render.as_json({"can_enforce": able, "rows": [row._asdict() for row in rows]})
     else:
         render.columns([(row.name, row.state, row.fact) for row in rows])
         hints: dict[str, list[str]] = {}
         # A kernel that is too old lacks more, and nothing but a newer one helps.
-        too_old = [row for row in rows if row.name == "kernel" and row.state == "missing"]
+        too_old = [row for row in missing if row.name == "kernel"]
         for row in too_old or rows:
             if row.state != "ok":
                 hints.setdefault(row.hint, []).append(row.name)
         for hint, names in hints.items():
             click.echo(f"{', '.join(names)}: {hint}")
-    if any(row.state == "missing" for row in rows):
+        if able is None:
+            click.echo("cannot tell whether this machine can enforce the policy")
+        elif able:
+            click.echo("this machine can enforce the policy")
+        else:
+            count = "1 thing is" if len(missing) == 1 else f"{len(missing)} things are"
+            click.echo(f"this machine cannot enforce the policy: {count} missing")
+    if missing:
         raise SystemExit(1)

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
 
 
 @click.command("install")
-@click.option("--mode", type=MODE, default="disabled", help="The mode that /usr/lib/uffdguard.toml gets.")
-def command(mode: Mode) -> None:
+@click.option(
+    "--mode", type=MODE, help="The mode that /usr/lib/uffdguard.toml gets; what it has, or disabled, without this."
+)
+def command(mode: Mode | None) -> None:
     """Put units and defaults in place.
 
     Systemd units, the default configuration, manual pages and completion. The units are enabled, so that the
@@ -23,10 +25,14 @@ def command(mode: Mode) -> None:
     import sys
     from pathlib import Path
 
-    from uffdguard import install
+    from uffdguard import config, install
 
-    install.install(Path(sys.argv[0]).resolve(), mode, completion())
-    click.echo("in force from the next boot on; at once: systemctl start uffdguard")
+    done = install.install(Path(sys.argv[0]).resolve(), mode, completion())
+    change = {None: "", done.mode: ", as before"}.get(done.before, f"; it was {done.before}")
+    click.echo(f"mode {done.mode} in {config.DEFAULT}{change}")
+    if done.at_boot != done.mode:
+        click.echo(f"but {config.ADMINISTRATOR} or {config.DROP_INS} says {done.at_boot}, and wins")
+    click.echo(f"in force in mode {done.at_boot} from the next boot on; at once: systemctl start uffdguard")
 
 
 def completion() -> str:

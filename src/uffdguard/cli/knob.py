@@ -14,8 +14,8 @@ def command(ctx: click.Context) -> None:
     one of the words to switch. Runs until it is interrupted or the policy is taken out of force; then the
     native file is seen again. Needs a policy in force.
 
-    The subcommands are the same in steps, for a service manager: serve needs to be root and no capability,
-    mount and unmount need CAP_SYS_ADMIN.
+    The subcommands are the same in steps, for a service manager: serve needs to be root and CAP_SETGID,
+    which it gives up; mount and unmount need CAP_SYS_ADMIN.
     """
     if ctx.invoked_subcommand is None:
         _tell()

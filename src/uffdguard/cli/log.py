@@ -10,8 +10,9 @@ import click
 def command(everything: bool) -> None:
     """Write decisions to the journal.
 
-    Each userfaultfd that is refused, with structured fields, until it is interrupted; those of before it began
-    too, as far as the kernel side keeps them. To read them: journalctl UFFDGUARD_VERDICT=refused.
+    Each userfaultfd that is refused, and each write of a sysctl that would undo the policy, with structured fields,
+    until it is interrupted; those of before it began too, as far as the kernel side keeps them. To read them:
+    journalctl UFFDGUARD_VERDICT=refused.
     """
     from uffdguard import journal
 

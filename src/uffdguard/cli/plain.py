@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from uffdguard import state
 from uffdguard.cli import render
+from uffdguard.conditions import BY_NAME
 from uffdguard.kernel import native
 from uffdguard.policy import interface_line
 
@@ -42,7 +43,9 @@ def status(*, json: bool = False) -> int:
 def show(status: Status) -> None:
     """Print STATUS as text."""
     rows = [("policy", f"in force since {status.since}" if status.in_force else "not in force")]
-    if status.audit:
+    if status.reason:
+        rows = [("policy", "NOT IN FORCE, see below")]
+    elif status.audit:
         rows = [("policy", f"NOT ENFORCED (audit) since {status.since}: refusals are counted and told, and let pass")]
     if status.in_force:
         rows.append(("mode", str(status.mode)))
@@ -50,6 +53,9 @@ def show(status: Status) -> None:
     rows.append(("kernel", status.kernel))
     knob = "unknown" if status.native_knob is None else str(status.native_knob)
     rows.append(("native knob", f"{knob}{', which does not fit the mode' if status.drift else ''}"))
+    if status.guard:
+        refused = f"; refused {status.sysctl_refused} writes" if status.sysctl_refused else ""
+        rows.append(("guard of sysctls", f"{GUARD[status.guard]}{refused}"))
     rows.append(("interface file", status.interface))
     if any(status.pins.values()):
         missing = [part for part, there in status.pins.items() if not there]
@@ -65,7 +71,17 @@ def show(status: Status) -> None:
     render.columns(rows)
     for problem in status.problems:
         render.echo(f"{render.coloured('problem')}: {problem}")
-    if status.problems:
-        render.echo("uffdguard start repairs what is its own; uffdguard stop ends it")
-    elif not status.in_force:
+    hints: dict[str, list[str]] = {}
+    for name in status.failing:
+        hints.setdefault(BY_NAME[name].remedy, []).append(name)
+    for hint, names in hints.items():
+        render.echo(f"{', '.join(names)}: {hint}")
+    if not (status.in_force or status.problems):
         render.echo(str(state.not_in_force()))
+
+
+GUARD = {
+    "attached": "attached",
+    "missing": "MISSING",
+    "unsupported": "impossible: this kernel has no cgroup v2 for BPF, and kernel.ftrace_enabled=0 would end the policy",
+}

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 #: Colours of the words that say how something stands, as ECMA-48 numbers them; only on a terminal.
 RED, GREEN, YELLOW = 31, 32, 33
-COLOURS = dict.fromkeys(("ok", "allowed"), GREEN) | dict.fromkeys(("warning", "audit", "let pass"), YELLOW)
+COLOURS = dict.fromkeys(("ok", "allowed"), GREEN)
+COLOURS |= dict.fromkeys(("warning", "cannot tell", "audit", "let pass"), YELLOW)
 COLOURS |= dict.fromkeys(("missing", "refused", "problem"), RED)
 
 

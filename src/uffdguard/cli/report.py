@@ -20,7 +20,7 @@ def command(since: str | None, html: str | None, json: bool) -> None:
 
     From what `uffdguard log` has written to the journal: which programs of which users and units asked for a
     userfaultfd, how often and how, what each mode with the configuration's options would have answered, and which mode
-    that speaks for.
+    that speaks for. What a program is called is its own word; its user and unit are the kernel's.
     """
     from uffdguard import report
     from uffdguard.cli import render
@@ -61,7 +61,18 @@ def facts(report: Report) -> dict[str, Any]:
             }
             for who, uses in report.ranking()
         ],
-        "refused_programs": {mode: dict(report.refused_by(report.policy(mode))) for mode in Mode},
+        "refused_programs": {
+            mode: [
+                {**program._asdict(), "refused": refused}
+                for program, refused in report.refused_by(report.policy(mode)).items()
+            ]
+            for mode in Mode
+        },
+        "sysctls": [
+            {**write._asdict(), "refused": refused, "last": report.last_writes[write].isoformat()}
+            for write, refused in report.writes.most_common()
+        ],
+        "silences": report.silences,
         "notes": report.notes(),
         "recommendation": report.recommendation(),
     }
@@ -77,7 +88,7 @@ def show(report: Report) -> None:
         most = max(uses.asked for uses in report.uses.values())
         width = shutil.get_terminal_size().columns // 16
         digits = max(len("asked"), len(str(most)))
-        rows = [("program", "user", "unit or container", "asked".rjust(digits), "", *Mode, "how")]
+        rows = [("program, as it says", "user", "unit or container", "asked".rjust(digits), "", *Mode, "how")]
         for who, uses in report.ranking():
             told = (uses.told(report.policy(mode)) for mode in Mode)
             bar = render.bar(uses.asked, most, width)
@@ -91,6 +102,13 @@ def show(report: Report) -> None:
             refused = programs.total()
             totals.append((mode, str(report.asked - refused), str(refused), str(len(programs))))
         render.columns(totals)
+    if report.writes:
+        click.echo()
+        click.echo("Refused writes of sysctls, which would have undone the policy:")
+        writes = [("sysctl", "user", "command", "unit or container", "refused", "last")]
+        for write, refused in report.writes.most_common():
+            writes.append((*write[:3], write.unit or "-", str(refused), f"{report.last_writes[write]:%Y-%m-%d %H:%M}"))
+        render.columns(writes, cut=(2, 3))
     for sentences in (report.recommendation(), report.notes()):
         if sentences:
             click.echo()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from uffdguard.events import Event
+    from uffdguard.events import Entry, Event, SysctlWrite
     from uffdguard.state import Status
 
 
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 def command(everything: bool, since_boot: bool, json: bool) -> None:
     """Show decisions as they happen.
 
-    A line for each userfaultfd that is refused, until it is interrupted. What repeats itself is folded, with a count.
-    Of one user no more events are told a second than the configuration says; the others are counted as suppressed.
+    A line for each userfaultfd that is refused, and for each write of a sysctl that would undo the policy, until it is
+    interrupted. What repeats itself is folded, with a count. Of one user no more events are told a second than the
+    configuration says; the others are counted as suppressed. It says so when the policy stops answering.
+
+    The command is the name that the process gives itself.
     """
     import select
     import sys
@@ -28,7 +31,7 @@ def command(everything: bool, since_boot: bool, json: bool) -> None:
 
     status = state.status()
     if not status.in_force:
-        raise state.not_in_force()
+        raise state.not_in_force(status.reason)
     printer = Objects() if json else Lines()
     if since_boot:
         printer.totals(status)
@@ -37,7 +40,7 @@ def command(everything: bool, since_boot: bool, json: bool) -> None:
     reader_gone.register(sys.stdout, select.POLLERR)
     while True:
         batch = stream.read()
-        printer.events([event for event in batch.events if everything or event.verdict == "refused"])
+        printer.events(batch.shown(everything=everything))
         if batch.suppressed or batch.lost:
             printer.missing(batch.suppressed, batch.lost)
         sys.stdout.flush()
@@ -46,13 +49,13 @@ def command(everything: bool, since_boot: bool, json: bool) -> None:
 
 
 class Objects:
-    """One JSON object a line: an event, or how many are missing."""
+    """One JSON object a line: a decision, what has a `sysctl` or `answers` instead, or how many are missing."""
 
     def totals(self, status: Status) -> None:
         """Print what was decided since the first start."""
         self._print({"decisions": status.decisions, "native": status.native, "suppressed": status.suppressed})
 
-    def events(self, events: list[Event]) -> None:
+    def events(self, events: list[Entry]) -> None:
         """Print each event."""
         from dataclasses import asdict
 
@@ -94,17 +97,25 @@ class Lines:
             f" ({', '.join(decided) or 'nothing decided'}), {status.suppressed} events suppressed"
         )
 
-    def events(self, events: list[Event]) -> None:
+    def events(self, events: list[Entry]) -> None:
         """Print the events, each that is like the one before with it: what differs is the time and the thread."""
-        from dataclasses import replace
         from itertools import groupby
 
-        for like, group in groupby(events, lambda event: replace(event, time="", tid=0)):
+        from uffdguard.events import Notice, SysctlWrite
+
+        for like, group in groupby(events, lambda event: {**vars(event), "time": "", "tid": 0}):
             *_, event = same = list(group)
+            if isinstance(event, Notice):
+                click.echo(f"{event.time[11:23]}  {event.line}")
+                self.last = None
+                continue
             again = like == self.last and self.width is not None
             self.number = len(same) + (self.number if again else 0)
             self.last = like
             self._print(self._cells(event, self.number), again=again)
+            if isinstance(event, SysctlWrite):
+                click.echo(f"{'':12}  {event.setting}: {event.why}")
+                self.last = None
 
     def missing(self, suppressed: int, lost: int) -> None:
         """Print how many events cannot be shown."""
@@ -113,19 +124,15 @@ class Lines:
         self.last = None
 
     @staticmethod
-    def _cells(event: Event, number: int) -> tuple[str, ...]:
-        return (
-            event.time[11:23],
-            str(number) if number > 1 else "",
-            str(event.pid),
-            event.user,
-            event.command,
-            event.verdict if event.enforced else "let pass",
-            event.reason,
-            event.way,
-            event.unit or event.cgroup,
-            "|".join(event.flags),
-        )
+    def _cells(event: Event | SysctlWrite, number: int) -> tuple[str, ...]:
+        from uffdguard.events import Event
+
+        head = (event.time[11:23], str(number) if number > 1 else "", str(event.pid), event.user, event.command)
+        where = event.unit or event.cgroup
+        if not isinstance(event, Event):
+            return (*head, event.verdict, "sysctl", event.sysctl, where, "")
+        verdict = event.verdict if event.enforced else "let pass"
+        return (*head, verdict, event.reason, event.way, where, "|".join(event.flags))
 
     def _print(self, cells: tuple[str, ...], *, again: bool = False) -> None:
         from uffdguard.cli import render

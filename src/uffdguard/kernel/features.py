@@ -1,34 +1,40 @@
-"""What enforcement needs of this machine: a row for each, and what to do about what is missing."""
+"""What enforcement needs of this machine: a row for each, and what to do about what is missing.
 
-from __future__ import annotations
+As in policy.py, no dataclasses, and the annotations are no strings: ``status`` asks some of this too.
+"""
 
 import contextlib
 import errno
 import os
+import re
 import stat
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal, NamedTuple, get_args
 
+from uffdguard.conditions import BY_NAME, Facts, Preemption
 from uffdguard.errors import Failure
 from uffdguard.kernel import libbpf, native
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 OBJECT = Path(__file__).with_name("guard.bpf.o")
 SECURITYFS = Path("/sys/kernel/security")
 HOOK = "inode_init_security_anon"
 #: The oldest kernel that is tried; the hook is there since 5.12, /dev/userfaultfd since 6.1.
 OLDEST = (6, 1)
-
+SEE_ABOVE = "see the rows above"
+MOUNT_SECURITYFS = f"mount -t securityfs securityfs {SECURITYFS}"
 CGROUP_ROOT_INODE = 1  # kernel/cgroup/cgroup.c: the root's kernfs id
 
-State = Literal["ok", "warning", "missing"]
+FTRACE_ENABLED = Path("/proc/sys/kernel/ftrace_enabled")
+JIT_ENABLED = Path("/proc/sys/net/core/bpf_jit_enable")
+#: Shows the preemption model of a kernel that can change it. Never mounted by us: that would be seen by all.
+PREEMPT = Path("/sys/kernel/debug/sched/preempt")
+COMMAND_LINE = Path("/proc/cmdline")
+
+State = Literal["ok", "warning", "cannot tell", "missing"]
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One thing that enforcement needs, how it stands here, and what to do when it is not ``ok``."""
 
     name: str
@@ -39,8 +45,18 @@ class Row:
 
 def rows() -> Iterator[Row]:
     """Yield the rows whose answer costs nothing and changes nothing."""
-    for check in CHECKS:
+    for check in (*CHECKS, configuration):
         yield check()
+
+
+def can_enforce(rows: Iterable[Row]) -> bool | None:
+    """Tell whether the policy can be put in force on a machine with these ROWS; None: unknown."""
+    states = {row.name: row.state for row in rows}
+    # A caller without privileges, or in a container, says nothing about the machine.
+    caller = {states.pop(name, "ok") for name in ("privileges", "namespaces")}
+    if "missing" in states.values():
+        return False
+    return None if "cannot tell" in states.values() or caller != {"ok"} else True
 
 
 def require(*checks: Callable[[], Row]) -> None:
@@ -78,15 +94,18 @@ def namespaces() -> Row:
     for kind in native.INITIAL_NAMESPACES:
         if not native.in_initial(kind):
             return Row("namespaces", "missing", f"not in the initial {kind} namespace", "run it on the host itself")
-    # Only root may look; others are told by the row above.
-    with contextlib.suppress(OSError):
-        if not Path("/proc/self/ns/mnt").samefile("/proc/1/ns/mnt"):
-            return Row(
-                "namespaces",
-                "missing",
-                "not in the mount namespace of process 1, and what is mounted here ends with this one",
-                "run it on the host itself, e.g. with nsenter --mount --target 1",
-            )
+    try:
+        same = Path("/proc/self/ns/mnt").samefile("/proc/1/ns/mnt")
+    except OSError:
+        fact = "initial user and pid namespaces; only root can see the mount namespace of process 1"
+        return Row("namespaces", "cannot tell", fact, "run it as root, on the host itself")
+    if not same:
+        return Row(
+            "namespaces",
+            "missing",
+            "not in the mount namespace of process 1, and what is mounted here ends with this one",
+            "run it on the host itself, e.g. with nsenter --mount --target 1",
+        )
     return Row("namespaces", "ok", "initial user and pid namespaces, mount namespace of process 1")
 
 
@@ -116,16 +135,22 @@ def _libbpf() -> Row:
 
 
 def _btf() -> Row:
-    if not Path("/sys/kernel/btf/vmlinux").exists():
-        return Row("BTF", "missing", "/sys/kernel/btf/vmlinux is not there", "boot a kernel with CONFIG_DEBUG_INFO_BTF")
-    return Row("BTF", "ok", "/sys/kernel/btf/vmlinux")
+    try:
+        with open("/sys/kernel/btf/vmlinux", "rb"):
+            return Row("BTF", "ok", "/sys/kernel/btf/vmlinux")
+    except FileNotFoundError:
+        fact = "/sys/kernel/btf/vmlinux is not there"
+        return Row("BTF", "missing", fact, "boot a kernel with CONFIG_DEBUG_INFO_BTF")
+    except OSError as error:
+        fact = f"cannot read /sys/kernel/btf/vmlinux: {error.strerror}"
+        return Row("BTF", "cannot tell", fact, "run it as root, on the host itself")
 
 
 def _hook() -> Row:
     try:
         there = libbpf.kernel_has_function(f"bpf_lsm_{HOOK}")
     except (Failure, OSError) as error:
-        return Row("hook", "missing", f"cannot tell: {error}", "see the rows above")
+        return Row("hook", "cannot tell", str(error), SEE_ABOVE)
     if not there:
         return Row("hook", "missing", f"no {HOOK} for BPF", "boot a kernel with CONFIG_BPF_LSM")
     return Row("hook", "ok", HOOK)
@@ -135,12 +160,7 @@ def _lsm() -> Row:
     try:
         modules = (SECURITYFS / "lsm").read_text().strip()
     except OSError:
-        return Row(
-            "LSM list",
-            "warning",
-            "cannot tell: securityfs is not mounted",
-            f"mount -t securityfs securityfs {SECURITYFS}",
-        )
+        return Row("LSM list", "cannot tell", "securityfs is not mounted", MOUNT_SECURITYFS)
     if "bpf" not in modules.split(","):
         return Row("LSM list", "missing", f"no bpf in {modules}", f"boot with lsm={modules},bpf")
     return Row("LSM list", "ok", modules)
@@ -149,12 +169,140 @@ def _lsm() -> Row:
 def _lockdown() -> Row:
     try:
         text = (SECURITYFS / "lockdown").read_text()
-    except OSError:
-        return Row("lockdown", "ok", "none")
+    except FileNotFoundError:
+        # The list is there wherever securityfs is mounted, this file only where the lockdown module is.
+        if (SECURITYFS / "lsm").exists():
+            return Row("lockdown", "ok", "this kernel has none")
+        return Row("lockdown", "cannot tell", "securityfs is not mounted", MOUNT_SECURITYFS)
+    except OSError as error:
+        return Row("lockdown", "cannot tell", str(error), "run it as root, on the host itself")
     level = text.split("[")[1].split("]")[0] if "[" in text else text.strip()
     if level == "confidentiality":
         return Row("lockdown", "missing", level, "boot with lockdown=integrity or none: BPF may read no memory now")
     return Row("lockdown", "ok", level)
+
+
+def _number(path: Path) -> int | None:
+    """Return the number that a sysctl holds, or None where it is not there or cannot be read."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def ftrace_enabled() -> int | None:
+    """Return kernel.ftrace_enabled; None: there is no such sysctl, or it cannot be read."""
+    return _number(FTRACE_ENABLED)
+
+
+def jit_enabled() -> int | None:
+    """Return net.core.bpf_jit_enable, likewise."""
+    return _number(JIT_ENABLED)
+
+
+def _ftrace() -> Row:
+    value = ftrace_enabled()
+    if value is None and FTRACE_ENABLED.exists():
+        return Row("ftrace", "cannot tell", f"cannot read {FTRACE_ENABLED}", "run it as root, on the host itself")
+    there = "no kernel.ftrace_enabled here" if value is None else f"kernel.ftrace_enabled = {value}"
+    return _row("ftrace-enabled", there, Facts(ftrace_enabled=value))
+
+
+def _jit() -> Row:
+    value = jit_enabled()
+    if value is None and JIT_ENABLED.exists():
+        return Row("JIT", "cannot tell", f"cannot read {JIT_ENABLED}", "run it as root, on the host itself")
+    if value == 0:
+        # Measured on 6.1 and 7.3: the trampolines call the interpreter then.
+        return Row("JIT", "ok", "net.core.bpf_jit_enable = 0: the kernel interprets programs, which is slower")
+    there = "no net.core.bpf_jit_enable here" if value is None else f"net.core.bpf_jit_enable = {value}"
+    return Row("JIT", "ok", there)
+
+
+def recursion_guard() -> bool | None:
+    """Tell whether the kernel skips an LSM program while another one runs on the same CPU; None: unknown.
+
+    The commit that took this guard from LSM programs (in 6.2, and in 6.1.54) gave the programs that keep it an entry
+    function of their own.
+    """
+    try:
+        return not libbpf.kernel_has_function("__bpf_prog_enter_recur")
+    except (Failure, OSError):
+        return None
+
+
+def preemption() -> Preemption | None:
+    """Return how this kernel preempts; None: unknown."""
+    with contextlib.suppress(OSError):
+        if found := preemption_in_debugfs(PREEMPT.read_text()):
+            return found
+    return preemption_at_boot(os.uname().version, COMMAND_LINE.read_text(), _kernel_configuration)
+
+
+def preemption_in_debugfs(text: str) -> Preemption | None:
+    """Return the model in brackets, as in ``none (voluntary) full``."""
+    found = re.search(r"\((\w+)\)", text)
+    return _model(found[1]) if found else None
+
+
+def preemption_at_boot(version: str, command_line: str, configuration: Callable[[], str | None]) -> Preemption | None:
+    """Return the model that a kernel boots with.
+
+    :param version: as ``uname -v`` prints it.
+    :param configuration: gives the configuration that the kernel was built with, or None; asked only when it matters.
+    """
+    # init/Makefile: a kernel that never preempts has no such word.
+    words = [word for word in version.split() if word.startswith("PREEMPT")]
+    if "PREEMPT_RT" in words:
+        return "rt"
+    if "PREEMPT_DYNAMIC" not in words:
+        return "full" if words else "none"
+    # kernel/sched/core.c: the last one counts, and what it does not know is passed over. What follows -- is for init.
+    boot = re.split(r"(?:^|\s)--(?:\s|$)", command_line)[0]
+    chosen = [model for word in boot.split() if word.startswith("preempt=") and (model := _model(word[8:]))]
+    if chosen:
+        return chosen[-1]
+    built = configuration() or ""
+    for name, model in BUILT:
+        if re.search(rf"^CONFIG_PREEMPT{name}=y$", built, re.MULTILINE):
+            return model
+    return None
+
+
+#: The default of a kernel that can choose, by the option it was built with.
+BUILT: tuple[tuple[str, Preemption], ...] = (
+    ("_NONE", "none"),
+    ("_VOLUNTARY", "voluntary"),
+    ("_LAZY", "lazy"),
+    ("", "full"),
+)
+
+
+def _model(word: str) -> Preemption | None:
+    return next((model for model in get_args(Preemption) if model == word), None)
+
+
+def _kernel_configuration() -> str | None:
+    """Return the configuration that this kernel was built with, or None where it is nowhere to be found."""
+    release = os.uname().release
+    with contextlib.suppress(OSError):
+        import gzip
+
+        return gzip.decompress(Path("/proc/config.gz").read_bytes()).decode()
+    for path in (Path(f"/boot/config-{release}"), native.MODULES / release / "config"):
+        with contextlib.suppress(OSError):
+            return path.read_text()
+    return None
+
+
+def _preemption() -> Row:
+    guard = recursion_guard()
+    if guard is None:
+        return Row("preemption", "cannot tell", "the kernel's BTF tells whether it matters", SEE_ABOVE)
+    if not guard:
+        return _row("preemption", "does not matter: LSM programs have no recursion guard", Facts())
+    facts = Facts(recursion_guard=True, preemption=preemption())
+    return _row("preemption", f"{facts.preemption}, as LSM programs with a recursion guard need it", facts)
 
 
 def has_sysctl_guard() -> bool:
@@ -187,6 +335,31 @@ def cgroup_root() -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def _sysctl_guard() -> Row:
+    name = BY_NAME["guard-attached"].row
+    try:
+        there = has_sysctl_guard()
+    except (Failure, OSError) as error:
+        return Row(name, "cannot tell", str(error), SEE_ABOVE)
+    if not there:
+        return Row(
+            name,
+            "warning",
+            "no cgroup v2 for BPF: sysctls that switch the policy off cannot be refused",
+            "boot a kernel with CONFIG_CGROUP_BPF, or see that nobody sets kernel.ftrace_enabled to 0",
+        )
+    return Row(name, "ok", "cgroup v2 for BPF")
+
+
+def _row(name: str, fact: str, facts: Facts) -> Row:
+    """Give the row of a condition: FACT where it holds, else what fails and what to do."""
+    condition = BY_NAME[name]
+    for sentence in condition.sentences(facts):
+        state: State = "missing" if condition.severity == "critical" else "warning"
+        return Row(condition.row, state, sentence, condition.remedy)
+    return Row(condition.row, "ok", fact)
 
 
 def _bpffs() -> Row:
@@ -224,7 +397,7 @@ def _device_kvm() -> Row:
     if not native.has_kvm():
         return Row("KVM", "warning", "this kernel has none", "mode kvm does not exist here; disabled and enabled do")
     if problem := native.wrong_kvm():
-        return Row("KVM", "warning", problem, "mode kvm grants nobody; load kvm_intel or kvm_amd, let devtmpfs make it")
+        return _row("kvm-device", "", Facts(kvm=problem))
     mode = native.DEV_KVM.stat().st_mode
     if mode & stat.S_IROTH or mode & stat.S_IWOTH:
         return Row(
@@ -234,6 +407,19 @@ def _device_kvm() -> Row:
             "mode kvm then means nearly enabled; a udev rule with MODE=0660 and GROUP=kvm restricts it",
         )
     return Row("KVM", "ok", f"{native.DEV_KVM} {stat.filemode(mode)}")
+
+
+def configuration() -> Row:
+    """Tell whether the configuration files say what can be put in force here."""
+    from uffdguard import config  # brings msgspec, which nothing else here needs
+
+    try:
+        policy = config.load().policy
+        native.check_mode(policy.mode)
+    except Failure as error:
+        return Row("configuration", "missing", error.what, error.hint)
+    files = ", ".join(map(str, config.files())) or "no file"
+    return Row("configuration", "ok", f"mode {policy.mode}{', audit' if policy.audit else ''} ({files})")
 
 
 CHECKS: tuple[Callable[[], Row], ...] = (
@@ -246,6 +432,10 @@ CHECKS: tuple[Callable[[], Row], ...] = (
     _hook,
     _lsm,
     _lockdown,
+    _ftrace,
+    _jit,
+    _preemption,
+    _sysctl_guard,
     _bpffs,
     _proc,
     _device_userfaultfd,
@@ -269,7 +459,9 @@ def _program(program: str) -> Row:
     except Failure as error:
         return Row(name, "missing", error.what, error.hint)
     except OSError as error:
-        return Row(name, "missing", load_error(error), load_hint(error))
+        # EPERM says nothing about the kernel where the caller lacks the privileges.
+        state: State = "cannot tell" if isinstance(error, PermissionError) and privileges().state != "ok" else "missing"
+        return Row(name, state, load_error(error), load_hint(error))
     return Row(name, "ok", "this kernel loads it")
 
 

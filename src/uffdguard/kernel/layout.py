@@ -173,8 +173,8 @@ ENTRIES: dict[str, type[ctypes.Structure]] = {"events": Slot}
 #: The ways to ask, in the order of ``enum way``.
 WAYS: tuple[Way, ...] = get_args(Way)
 
-#: The sysctls that are guarded, in the order of ``enum sysctl``; 0 is none of them.
-SYSCTLS = ("", "kernel.ftrace_enabled", "vm.unprivileged_userfaultfd")
+#: The sysctls that are guarded, in the order of ``enum sysctl``, from 1: 0 is none of them.
+SYSCTLS = ("kernel.ftrace_enabled", "vm.unprivileged_userfaultfd")
 
 #: The same of inspect.bpf.c: what its iterators write.
 RECORDS: dict[str, type[ctypes.Structure]] = {"thread": Thread, "descriptor": Descriptor}

@@ -88,9 +88,9 @@ messages: list[str] = []
 
 
 def _collect(level: int, form: bytes, arguments: int) -> int:
-    text = ctypes.create_string_buffer(1 << 16)
-    ctypes.CDLL(None).vsnprintf(text, c_size_t(len(text)), form, c_void_p(arguments))
-    if level == 0:
+    if level == 0:  # before anything else: a load has hundreds of other messages
+        text = ctypes.create_string_buffer(1 << 16)
+        ctypes.CDLL(None).vsnprintf(text, c_size_t(len(text)), form, c_void_p(arguments))
         messages.append(text.value.decode(errors="replace").rstrip())
     return 0
 
@@ -310,6 +310,7 @@ def iterate(link: int) -> bytes:
         os.close(fd)
 
 
+@functools.cache
 def kernel_has_function(name: str) -> bool:
     """Tell whether the running kernel's BTF describes the function NAME.
 

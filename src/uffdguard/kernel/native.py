@@ -1,31 +1,43 @@
-"""Mainline's own side: its knob ``vm.unprivileged_userfaultfd``, and the procfs mount by which we reach it.
+"""Mainline's own side: its knob ``vm.unprivileged_userfaultfd``, and the ways to it.
 
-The knob is read and written through a procfs mount of our own, in a directory only root may enter. Another
-file system may cover the file in /proc; and a covered file there makes the kernel refuse new procfs mounts in
-user namespaces (fs/namespace.c, mnt_already_visible) unless an uncovered procfs exists somewhere: ours.
+A file system of ours may cover the file in /proc, so the knob is read and written through a procfs that is mounted
+nowhere, and that nobody else sees.
+
+A covered file also makes the kernel refuse new procfs mounts in user namespaces (fs/namespace.c, mnt_already_visible())
+unless some other procfs is in the mount namespace, with nothing covered in it. So while the file is covered, and only
+then, there is one. It stands below a mount that hides it: the kernel counts it all the same, and no path leads to it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import enum
 import errno
 import os
 import stat
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from uffdguard.errors import Failure
 from uffdguard.policy import Mode
 
-#: Where the state of this boot is; only root may enter.
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+#: The owner and the group of our directories. No account has this id and no user namespace that others make maps it, so
+#: that uid 0 enters by CAP_DAC_OVERRIDE alone. The server of the interface file has no capability, and joins the group.
+OWNER = 0xFFFFFE00
+#: Where the state of this boot is.
 RUN = Path("/run/uffdguard")
-PROC = RUN / "proc"
+PROC = Path("/proc")
 KNOB = "sys/vm/unprivileged_userfaultfd"
 #: The file of the native knob as everybody sees it, and what the mount table calls a file of ours that covers it.
-FILE = Path("/proc", KNOB)
+FILE = PROC / KNOB
 COVER = "fuse.uffdguard"
-FTRACE = Path("/proc/sys/kernel/ftrace_enabled")
+#: The procfs that is there while the native file is covered, below what hides it.
+VISIBLE_PROC = Path("/run/uffdguard.proc/proc")
 BPFFS = Path("/sys/fs/bpf")
 MOUNTS = Path("/proc/self/mountinfo")
 
@@ -40,6 +52,8 @@ MODULES = Path("/lib/modules")
 INITIAL_NAMESPACES = {"user": 0xEFFFFFFD, "pid": 0xEFFFFFFC}
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT = 1, 2, 4, 8, 32
+MS_BIND, MS_REC, MS_PRIVATE = 1 << 12, 1 << 14, 1 << 18
+CLONE_NEWNS, CLONE_NEWUSER, CLONE_NEWPID = 0x20000, 0x10000000, 0x20000000
 BPF_FS_MAGIC = 0xCAFE4A11  # include/uapi/linux/magic.h
 
 
@@ -47,16 +61,19 @@ def _libc() -> ctypes.CDLL:
     return ctypes.CDLL(None, use_errno=True)
 
 
-def mount(kind: str, where: Path) -> None:
+def _error(name: str | Path | None = None) -> OSError:
+    """Return what the last call of the C library failed with."""
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number), *([str(name)] if name else []))
+
+
+def mount(kind: str, where: Path, options: str = "", flags: int = MS_NOSUID | MS_NODEV | MS_NOEXEC) -> None:
     """Mount a pseudo file system, mount(2).
 
     :raises OSError: with the kernel's errno.
     """
-    flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
-    # A bpffs lets everybody make directories unless told otherwise.
-    options = b"mode=0700" if kind == "bpf" else None
-    if _libc().mount(kind.encode(), bytes(where), kind.encode(), flags, options):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(where))
+    if _libc().mount(kind.encode(), bytes(where), kind.encode(), flags, options.encode()):
+        raise _error(where)
 
 
 def detached(kind: str) -> int:
@@ -68,14 +85,14 @@ def detached(kind: str) -> int:
     cloexec, config_create = 1, 6  # FSOPEN_CLOEXEC and FSMOUNT_CLOEXEC, FSCONFIG_CMD_CREATE
     context = _libc().syscall(fsopen, kind.encode(), cloexec)
     if context < 0:
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), kind)
+        raise _error(kind)
     try:
         # MOUNT_ATTR_NOSUID, _NODEV and _NOEXEC have the values of MS_NOSUID and the others.
         root: int = -1
         if not _libc().syscall(fsconfig, context, config_create, None, None, 0):
             root = _libc().syscall(fsmount, context, cloexec, MS_NOSUID | MS_NODEV | MS_NOEXEC)
         if root < 0:
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), kind)
+            raise _error(kind)
         return root
     finally:
         os.close(context)
@@ -88,7 +105,7 @@ def remount(where: Path, *, read_only: bool) -> None:
     """
     flags = MS_REMOUNT | (MS_RDONLY if read_only else 0) | MS_NOSUID | MS_NODEV | MS_NOEXEC
     if _libc().mount(None, bytes(where), None, flags, None):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(where))
+        raise _error(where)
 
 
 def unmount(where: Path) -> None:
@@ -98,7 +115,7 @@ def unmount(where: Path) -> None:
         pass
     # What is there is no mount, or nothing is.
     if ctypes.get_errno() not in (errno.EINVAL, errno.ENOENT):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(where))
+        raise _error(where)
 
 
 def cover(fuse: int) -> None:
@@ -109,8 +126,11 @@ def cover(fuse: int) -> None:
     # Who may write is for the kernel to decide, by the file's mode; all may look.
     options = f"fd={fuse},rootmode=100644,user_id=0,group_id=0,allow_other,default_permissions"
     flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
+    _show_procfs()
     if _libc().mount(b"uffdguard", bytes(FILE), COVER.encode(), flags, options.encode()):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(FILE))
+        error = _error(FILE)
+        _remove_procfs()
+        raise error
 
 
 def cover_device() -> str | None:
@@ -149,12 +169,73 @@ def is_deserted() -> bool:
 
 
 def uncover() -> None:
-    """Have the native file seen again; do nothing where it is.
+    """Have the native file seen again, and no procfs besides /proc; do nothing where it is so.
 
     :raises OSError: with the kernel's errno.
     """
     if is_covered():
         unmount(FILE)
+    _remove_procfs()
+
+
+def _show_procfs() -> None:
+    """Mount the least procfs that lets others be mounted in user namespaces while the native file is covered.
+
+    One without anything but processes suffices up to some kernel between 6.12 and 7.3; which kernel is not asked but
+    tried.
+
+    :raises OSError: with the kernel's errno.
+    """
+    _remove_procfs()  # what a kill has left
+    hidden = VISIBLE_PROC.parent
+    make_own(hidden, 0)
+    VISIBLE_PROC.mkdir()
+    mount("proc", VISIBLE_PROC, "subset=pid")
+    if not _admits_procfs():
+        unmount(VISIBLE_PROC)
+        mount("proc", VISIBLE_PROC)
+    mount("tmpfs", hidden, "size=4k,mode=0", MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RDONLY)
+
+
+def _remove_procfs() -> None:
+    if not VISIBLE_PROC.parent.exists():
+        return
+    for path in (VISIBLE_PROC.parent, VISIBLE_PROC):
+        unmount(path)
+    for path in (VISIBLE_PROC, VISIBLE_PROC.parent):
+        with contextlib.suppress(FileNotFoundError):
+            path.rmdir()
+
+
+def _admits_procfs() -> bool:
+    """Try whether a process in new user and pid namespaces can mount a procfs where the native file is covered.
+
+    It is covered for the child alone, which has a mount namespace of its own. False too where there can be no user
+    namespace.
+    """
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(OSError):
+            _unshare(CLONE_NEWNS)
+            for source, where, flags in ((None, b"/", MS_REC | MS_PRIVATE), (b"/dev/null", bytes(FILE), MS_BIND)):
+                if _libc().mount(source, where, None, flags, None):
+                    raise _error()
+            _unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID)
+            if os.fork() == 0:  # the first process in the pid namespace
+                mount("proc", PROC)
+                os.write(theirs, b"x")
+        os._exit(0)
+    os.close(theirs)
+    with open(ours, "rb") as answer, contextlib.suppress(ChildProcessError):  # who ignores SIGCHLD has none to wait for
+        mounted = bool(answer.read())
+        os.waitpid(pid, 0)
+    return mounted
+
+
+def _unshare(flags: int) -> None:
+    if _libc().unshare(flags):
+        raise _error()
 
 
 def is_bpffs(where: Path) -> bool:
@@ -168,38 +249,28 @@ def is_read_only(where: Path) -> bool:
     return bool(os.statvfs(where).f_flag & os.ST_RDONLY)
 
 
-def read_knob() -> int:
-    """Return the native knob's value, 0 or 1.
-
-    :raises Failure: this kernel has no such knob (before 5.2, or built without userfaultfd).
-    """
-    try:
-        try:
-            text = (PROC / KNOB).read_text()
-        except OSError:
-            # Without our mount, where nothing of ours covers the file in /proc.
-            text = FILE.read_text()
-        return int(text)
-    except (OSError, ValueError) as error:
-        raise Failure(
-            f"cannot read vm.unprivileged_userfaultfd: {error}", "the kernel must be built with CONFIG_USERFAULTFD"
-        ) from error
-
-
 class Knob:
     """The native knob, open: whoever has given up all capabilities can still use it. A context manager.
 
+    The file is that of a procfs that is mounted nowhere. Without CAP_SYS_ADMIN it is the one in /proc, where nothing of
+    ours covers that.
+
+    :param fd: a descriptor of the file, from a process that could open it.
     :raises OSError: it cannot be opened.
     """
 
-    def __init__(self) -> None:
-        self._fd = os.open(PROC / KNOB, os.O_RDWR | os.O_CLOEXEC)
+    def __init__(self, fd: int | None = None) -> None:
+        self._fd = _open_knob(os.O_RDWR) if fd is None else fd
 
     def __enter__(self) -> Knob:
         return self
 
     def __exit__(self, *error: object) -> None:
         os.close(self._fd)
+
+    def fileno(self) -> int:
+        """Return the descriptor."""
+        return self._fd
 
     def read(self) -> int:
         """Return its value, 0 or 1."""
@@ -213,6 +284,33 @@ class Knob:
         os.pwrite(self._fd, f"{value}\n".encode(), 0)
 
 
+def _open_knob(access: int) -> int:
+    try:
+        procfs = detached("proc")
+    except PermissionError:
+        if is_covered():
+            raise
+        return os.open(FILE, access | os.O_CLOEXEC)
+    try:
+        return os.open(KNOB, access | os.O_CLOEXEC, dir_fd=procfs)
+    finally:
+        os.close(procfs)
+
+
+def read_knob() -> int:
+    """Return the native knob's value, 0 or 1.
+
+    :raises Failure: this kernel has no such knob (before 5.2, or built without userfaultfd), or it cannot be reached.
+    """
+    try:
+        with Knob(_open_knob(os.O_RDONLY)) as knob:
+            return knob.read()
+    except (OSError, ValueError) as error:
+        raise Failure(
+            f"cannot read vm.unprivileged_userfaultfd: {error}", "the kernel must be built with CONFIG_USERFAULTFD"
+        ) from error
+
+
 def write_knob(value: int) -> None:
     """Set the native knob.
 
@@ -222,14 +320,53 @@ def write_knob(value: int) -> None:
         knob.write(value)
 
 
+def make_own(directory: Path, mode: int = 0o770) -> None:
+    """Make a directory if it is missing, and let it have our owner and MODE whatever the umask is.
+
+    :raises OSError: with the kernel's errno.
+    """
+    with contextlib.suppress(FileExistsError):
+        directory.mkdir(mode=0)
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        own(fd, mode)
+    finally:
+        os.close(fd)
+
+
+def own(directory: int, mode: int = 0o770) -> None:
+    """Let an open directory have our owner and MODE.
+
+    :raises OSError: with the kernel's errno.
+    """
+    found = os.fstat(directory)
+    if (found.st_uid, found.st_gid, stat.S_IMODE(found.st_mode)) != (OWNER, OWNER, mode):
+        os.fchown(directory, OWNER, OWNER)
+        os.fchmod(directory, mode)
+
+
+def join_owner() -> None:
+    """Be in the group of our directories and in no other, so that they can be entered without a capability.
+
+    :raises Failure: this process is not in it and may not join it.
+    """
+    try:
+        os.setgroups([OWNER])
+    except PermissionError:
+        if OWNER not in os.getgroups():
+            raise Failure(f"cannot enter {RUN}: no CAP_SETGID", "run it as root on the host itself") from None
+
+
 def need_root(what: str) -> None:
-    """Make sure that we are root.
+    """Make sure that we are root, and not one without the capability to enter our directories.
 
     :param what: the end of the sentence "only root ...".
     :raises Failure: we are not.
     """
     if os.geteuid() != 0:
         raise Failure(f"only root {what}", "run it as root, e.g. with sudo")
+    if RUN.exists() and not os.access(RUN, os.X_OK):
+        raise Failure(f"cannot enter {RUN}: no CAP_DAC_OVERRIDE", "run it as root on the host itself")
 
 
 def in_initial(kind: str) -> bool:
@@ -238,54 +375,61 @@ def in_initial(kind: str) -> bool:
 
 
 def drop_capabilities() -> None:
-    """Give up all capabilities of this process, capset(2), and for good: an exec gives root none back."""
-    pr_set_no_new_privs, pr_set_securebits = 38, 28
+    """Give up all capabilities of this process, capset(2), and for good: an exec gives root none back.
+
+    No other process without CAP_SYS_PTRACE may trace it then, nor read its memory, though it has the same user.
+    """
+    pr_set_no_new_privs, pr_set_securebits, pr_set_dumpable = 38, 28, 4
     noroot_locked = 3  # SECBIT_NOROOT and its lock, capabilities(7)
     # May fail for who has no CAP_SETPCAP: then there is nothing to give back either.
     _libc().prctl(pr_set_securebits, noroot_locked, 0, 0, 0)
     _libc().prctl(pr_set_no_new_privs, 1, 0, 0, 0)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
     if _libc().capset(header, (ctypes.c_uint32 * 6)()):
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+        raise _error()
+    if _libc().prctl(pr_set_dumpable, 0, 0, 0, 0):
+        raise _error()
 
 
-def restrict_writes(*below: Path) -> None:
-    """Let this process make, remove or write no file but those BELOW; do nothing on a kernel without Landlock.
+class Access(enum.IntFlag):
+    """What may be done to files, as landlock(7) has it."""
 
-    Modes, owners and attributes of files are not governed by landlock(7).
+    WRITE = 1 << 1 | 1 << 14  # LANDLOCK_ACCESS_FS_WRITE_FILE, _TRUNCATE
+    REMOVE = 1 << 5  # _REMOVE_FILE
+    MAKE = 1 << 8  # _MAKE_REG
+    MAKE_DIRECTORY = 1 << 7  # _MAKE_DIR
+    #: All but reading: from _REMOVE_DIR to _MAKE_SYM, too.
+    ANY = WRITE | 0x1FF0
+
+
+def restrict_writes(allowed: Mapping[Path, Access]) -> None:
+    """Let this process do to files no more than is ALLOWED below these; do nothing on a kernel without Landlock.
+
+    Modes, owners and attributes of files are not governed by landlock(7). What is mounted below a path is below it.
 
     :raises OSError: with the kernel's errno.
     """
     create_ruleset, add_rule, restrict_self = 444, 445, 446  # on every architecture
-    # LANDLOCK_ACCESS_FS_WRITE_FILE, and from _REMOVE_DIR to _MAKE_SYM: the first version's, without reading.
-    writes = 1 << 1 | sum(1 << bit for bit in range(4, 13))
-    # LANDLOCK_ACCESS_FS_TRUNCATE, for which the first version does not ask.
-    if _libc().syscall(create_ruleset, None, 0, 1) >= 3:
-        writes |= 1 << 14
-    ruleset = _libc().syscall(create_ruleset, ctypes.byref(ctypes.c_uint64(writes)), 8, 0)
+    governed = Access.ANY
+    # The first two versions do not ask for LANDLOCK_ACCESS_FS_TRUNCATE.
+    if _libc().syscall(create_ruleset, None, 0, 1) < 3:
+        governed &= ~(1 << 14)
+    ruleset = _libc().syscall(create_ruleset, ctypes.byref(ctypes.c_uint64(governed)), 8, 0)
     if ruleset < 0:
         return
     try:
-        for path in below:
+        for path, access in allowed.items():
             directory = os.open(path, os.O_PATH | os.O_CLOEXEC)
             # struct landlock_path_beneath_attr, which is packed
-            rule = writes.to_bytes(8, "little") + directory.to_bytes(4, "little")
+            rule = (access & governed).to_bytes(8, "little") + directory.to_bytes(4, "little")
             failed = _libc().syscall(add_rule, ruleset, 1, rule, 0)
             os.close(directory)
             if failed:
-                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
+                raise _error(path)
         if _libc().syscall(restrict_self, ruleset, 0):
-            raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+            raise _error()
     finally:
         os.close(ruleset)
-
-
-def read_ftrace() -> int | None:
-    """Return kernel.ftrace_enabled, without which no BPF trampoline runs; None where the kernel does not have it."""
-    try:
-        return int(FTRACE.read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def has_kvm() -> bool:
