@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import criu
 import postcopy
 import pytest
-from inside import KVM_GROUP
+from inside import KVM_GROUP, force_knob
 from inside import USER as UID
 from postcopy import Machine, Refused
 from programs import TABLE, Outcome, Program, Row, User
@@ -70,7 +70,7 @@ def migrates(machine: Machine) -> None:
 
 def migrates_by_the_device(machine: Machine) -> None:
     """Closed by hand, the native knob refuses the system call to an ordinary user; it does not govern the device."""
-    native.write_knob(0)
+    force_knob(0)
     migrates(machine)
 
 
@@ -234,6 +234,6 @@ def test_a_newer_qemu_makes_the_system_call_where_it_may_not_open_the_device(in_
     in_force("kvm")
     native.DEV_USERFAULTFD.chmod(0o600)
     migrates(as_user(User.USER, QEMU_10))
-    native.write_knob(0)
+    force_knob(0)
     with pytest.raises(Refused, match="Operation not permitted"):
         migrates(as_user(User.USER, QEMU_10))

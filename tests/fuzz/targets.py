@@ -185,8 +185,8 @@ def interface(data: bytes) -> None:
     name, _, written = data[1:].partition(b"\0")
     server = object.__new__(knob.Server)
     server.words = tuple(Mode) if kvm else (Mode.DISABLED, Mode.ENABLED)
-    server.held = {"administrators": 0}
-    server.asker = server.native_knob = SimpleNamespace()  # type: ignore[assignment]
+    server.held, server.asker = {"administrators": 0}, SimpleNamespace()  # type: ignore[assignment]
+    server.native_knob = SimpleNamespace()  # type: ignore[assignment]
     asked: list[Mode | int] = []
     lines: list[str] = []
     log = SimpleNamespace(warning=lambda text, *values: lines.append(text % values))

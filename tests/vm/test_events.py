@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from inside import ACTOR, USER, actor, forked, journald, kernel_memory, uffdguard, until, waiting_actor
+from inside import ACTOR, USER, actor, force_knob, forked, journald, kernel_memory, uffdguard, until, waiting_actor
 from vm import silent
 
 from uffdguard import guard, inspect, journal, proof, report, state
@@ -241,10 +241,10 @@ class TestTheNativeKnob:
         assert more(Counter()) == {"native": 2, "disabled": 5}
 
     def test_is_not_counted_when_somebody_has_opened_it_and_the_hook_refuses(self) -> None:
-        native.write_knob(1)
+        force_knob(1)
         assert [event.reason for event in told("syscall", "int80", "syscall")] == ["disabled"] * 3
         assert more(Counter()) == {"disabled": 3}
-        native.write_knob(0)
+        force_knob(0)
         assert [event.reason for event in told("syscall")] == ["native"]
 
     def test_counts_again_after_the_mode_was_another(self) -> None:
@@ -459,7 +459,7 @@ class TestAudit:
         assert uffdguard("mode").err == uffdguard("mode", "disabled").err == warning
         assert "NOT ENFORCED (audit)" in uffdguard("status").out
         assert json.loads(uffdguard("status", "--json").out)["audit"] is True
-        assert uffdguard("start").out == ""
+        assert uffdguard("start", "--enforce").out == "audit has ended: refusals are carried out\n"
         assert "NOT ENFORCED" not in uffdguard("status").out
         assert actor("device") == ["EPERM"]
 

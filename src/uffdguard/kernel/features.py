@@ -82,7 +82,7 @@ def privileges() -> Row:
         return Row("privileges", "missing", "not running as root", "run it as root, e.g. with sudo")
     status = Path("/proc/self/status").read_text()
     effective = int(status.split("CapEff:")[1].split()[0], 16)
-    wanted = {"CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
+    wanted = {"CAP_DAC_OVERRIDE": 1, "CAP_SYS_ADMIN": 21, "CAP_PERFMON": 38, "CAP_BPF": 39}
     lacking = [name for name, bit in wanted.items() if not effective >> bit & 1]
     if lacking:
         return Row("privileges", "missing", f"root without {', '.join(lacking)}", "run it outside of the container")
