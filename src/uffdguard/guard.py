@@ -116,8 +116,9 @@ def start(
             mode=mode or (current or configured).mode, audit=_wanted_audit(configured, current, audit)
         )
         native.check_mode(wanted.mode)
-        if native.is_covered() and not server() and native.is_deserted():
-            native.uncover()  # what a server that has died left
+        # What a server that has died left, or whoever was about to cover the file.
+        if not native.is_covered() or (not server() and native.is_deserted()):
+            native.uncover()
         knob = held.enter_context(native.Knob())
         ours = found.has("decide") or LOADED.exists()
         if not (ours and FOUND.exists()):

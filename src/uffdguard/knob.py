@@ -58,6 +58,8 @@ step = STEPS.take
 
 #: Where a server that waits to be mounted gives away its /dev/fuse.
 SOCKET = native.RUN / "fuse"
+#: The name by which the service manager keeps the native knob.
+NATIVE = "native"
 #: Seconds that it waits.
 PATIENCE = 30.0
 #: Bytes; no word with blanks around it has reason to be longer.
@@ -98,7 +100,7 @@ def run() -> None:
     if pid == 0:
         status = 1
         try:
-            serve(connection)
+            serve(connection, native.Knob())
         except (Failure, OSError) as error:
             log.error("%s", error)
         finally:
@@ -160,8 +162,10 @@ def _cover(connection: int) -> None:
     if not native.in_initial("pid"):
         raise Failure("not in the initial pid namespace", "run it on the host itself")
     step("cover the native file")
-    native.uncover()
-    native.cover(connection)
+    # Or a start may take what is half done for what a kill has left.
+    with locked():
+        native.uncover()
+        native.cover(connection)
 
 
 def main() -> NoReturn:
@@ -172,7 +176,7 @@ def main() -> NoReturn:
         serve_under_manager(manager)
     except (Failure, OSError) as error:
         # The next one would not begin either: nobody is to wait for an answer.
-        manager.forget()
+        manager.forget(*manager.kept)
         print(f"uffdguard: {error}", file=sys.stderr)
         sys.exit(1)
 
@@ -186,14 +190,15 @@ def serve_under_manager(manager: Manager) -> NoReturn:
         native.join_owner()
     _require()
     SOCKET.unlink(missing_ok=True)
+    native_knob = native.Knob(manager.kept.get(NATIVE))
     connection = manager.kept.get(_name_of_cover())
     if connection is None or not fuse.is_alive(connection):
         # What is kept is of a cover that is gone.
-        manager.forget()
+        manager.forget(*(name for name in manager.kept if name != NATIVE))
         connection = os.open(fuse.DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
         _give_away(connection, manager)
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
-    serve(connection, manager)
+    serve(connection, native_knob, manager)
 
 
 def _give_away(connection: int, manager: Manager) -> None:
@@ -239,14 +244,15 @@ def claim(lock: int) -> None:
         time.sleep(0.01)
 
 
-def serve(connection: int, manager: Manager | None = None) -> NoReturn:
+def serve(connection: int, native_knob: native.Knob, manager: Manager | None = None) -> NoReturn:
     """Serve what is mounted, or soon will be, by a descriptor of /dev/fuse, without any privilege but root's.
 
     ENDS are blocked. Ends the process.
 
+    :param native_knob: opened while nothing covered it: there is no other way to it without a capability.
     :raises Failure: the policy is damaged or not in force any more, or another server runs.
     """
-    with Asker() as asker, native.Knob() as native_knob:
+    with Asker() as asker:
         # Nothing else may be opened to write soon.
         device = os.open(fuse.DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
         confine()
@@ -269,6 +275,8 @@ def serve(connection: int, manager: Manager | None = None) -> NoReturn:
             if connection not in manager.kept.values():
                 server.wait_for(native.is_covered)
                 step("keep the connection")
+                if NATIVE not in manager.kept:
+                    manager.keep(NATIVE, native_knob.fileno())
                 manager.keep(_name_of_cover(), connection)
             manager.ready()
         step("serve")

@@ -186,20 +186,33 @@ on() {
 	echo nonsense >$FILE
 	tell wrong-word "$?;$(journalctl -b -o cat -u uffdguard-knob | grep -c 'refused to write')"
 
+	# As a container has the file that began before.
+	unshare -m --propagation private sleep infinity &
+	other=$!
+	until [ "$(readlink /proc/$other/ns/mnt)" != "$(readlink /proc/self/ns/mnt)" ]; do sleep 0.1; done
+	copied=()
+
 	kill -9 "$(systemctl show -p MainPID --value uffdguard-knob)"
 	served
 	tell killed "$(cat $FILE);$(units)"
+	copied+=("$(in_other)")
+	systemctl restart uffdguard-knob
+	copied+=("$(in_other)")
 
 	echo enabled >$FILE
 	systemctl reload uffdguard
 	tell reloaded "$(cat $FILE)"
+	copied+=("$(in_other)")
 	systemctl restart uffdguard
 	served
 	tell restarted "$(cat $FILE);$(units)"
+	copied+=("$(in_other)")
 	echo kvm >$FILE
 
 	upgrade
 	tell after-upgrade "$(cat $FILE);$(units);$(dpkg-query -W -f '${Version}' uffdguard)"
+	copied+=("$(in_other)")
+	tell copied "$(printf '%s\n' "${copied[@]}")"
 
 	systemctl stop uffdguard
 	tell stopped "$(cat $FILE);$(units)"
@@ -212,6 +225,8 @@ on() {
 		-not -path '/proc/*' -not -path '/sys/*')"
 	tell pins "$(ls -A /sys/fs/bpf; ls -A /run/uffdguard)"
 }
+
+in_other() { timeout 60 nsenter -m -t "$other" cat $FILE 2>&1; }
 
 container() {
 	cd /tmp || return

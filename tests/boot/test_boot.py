@@ -6,6 +6,7 @@ Each boot is one phase of ``guest.sh``, which tells what it sees; the tests look
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 import shutil
 import subprocess
@@ -81,7 +82,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def base() -> Path:
     """Return a fresh Debian below the user's cache; make it when it is not there."""
-    root = kernels.cache() / "roots" / SUITE
+    root = kernels.cache() / "roots" / f"{SUITE}-{hashlib.sha256(repr(PACKAGES).encode()).hexdigest()[:8]}"
     if not root.exists():
         partial = root.with_name("partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -302,6 +303,12 @@ def test_a_reload_keeps_the_mode_that_is_set(on: dict[str, str]) -> None:
 
 def test_a_restart_keeps_the_mode_that_is_set(on: dict[str, str]) -> None:
     assert on["restarted"] == "disabled [enabled] kvm;active;active;active"
+
+
+def test_a_copy_of_the_file_in_another_mount_namespace_reads_on(on: dict[str, str]) -> None:
+    """After a kill and a restart of its server, a reload, a restart and an upgrade."""
+    enabled = "disabled [enabled] kvm"
+    assert on["copied"].split(";") == [KVM, KVM, enabled, enabled, KVM]
 
 
 def test_an_upgrade_has_no_gap_and_keeps_mode_and_grants(on: dict[str, str]) -> None:
