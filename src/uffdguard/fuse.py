@@ -28,7 +28,7 @@ LARGEST = 8192
 #: Seconds for which the kernel may keep the attributes, which never change.
 FOR_EVER = 1 << 31
 
-FOPEN_DIRECT_IO = 1
+FOPEN_DIRECT_IO, FOPEN_NOFLUSH = 1, 32
 FUSE_WRITE_CACHE = 1
 FATTR_MODE, FATTR_UID, FATTR_GID = 1, 2, 4
 
@@ -152,7 +152,7 @@ def _answer(opcode: int, thread: int, body: bytes, file: File) -> bytes:
             if flags & os.O_ACCMODE != os.O_RDONLY:
                 file.check_writer(thread)
             # Each read and write comes here: what is read is always the truth.
-            return OPEN.pack(0, FOPEN_DIRECT_IO)
+            return OPEN.pack(0, FOPEN_DIRECT_IO | FOPEN_NOFLUSH)
         case Opcode.READ:
             offset, size, _ = TRANSFER.unpack_from(body)
             return file.read()[offset : offset + size]

@@ -100,7 +100,7 @@ def run() -> None:
     if pid == 0:
         status = 1
         try:
-            serve(connection)
+            serve(connection, native.Knob())
         except (Failure, OSError) as error:
             log.error("%s", error)
         finally:
@@ -176,7 +176,7 @@ def main() -> NoReturn:
         serve_under_manager(manager)
     except (Failure, OSError) as error:
         # The next one would not begin either: nobody is to wait for an answer.
-        manager.forget()
+        manager.forget(*manager.kept)
         print(f"uffdguard: {error}", file=sys.stderr)
         sys.exit(1)
 
@@ -190,14 +190,15 @@ def serve_under_manager(manager: Manager) -> NoReturn:
         native.join_owner()
     _require()
     SOCKET.unlink(missing_ok=True)
+    native_knob = native.Knob(manager.kept.get(NATIVE))
     connection = manager.kept.get(_name_of_cover())
     if connection is None or not fuse.is_alive(connection):
         # What is kept is of a cover that is gone.
-        manager.forget()
+        manager.forget(*(name for name in manager.kept if name != NATIVE))
         connection = os.open(fuse.DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
         _give_away(connection, manager)
     signal.pthread_sigmask(signal.SIG_BLOCK, ENDS)
-    serve(connection, manager)
+    serve(connection, native_knob, manager)
 
 
 def _give_away(connection: int, manager: Manager) -> None:
@@ -243,16 +244,15 @@ def claim(lock: int) -> None:
         time.sleep(0.01)
 
 
-def serve(connection: int, manager: Manager | None = None) -> NoReturn:
+def serve(connection: int, native_knob: native.Knob, manager: Manager | None = None) -> NoReturn:
     """Serve what is mounted, or soon will be, by a descriptor of /dev/fuse, without any privilege but root's.
 
     ENDS are blocked. Ends the process.
 
+    :param native_knob: opened while nothing covered it: there is no other way to it without a capability.
     :raises Failure: the policy is damaged or not in force any more, or another server runs.
     """
-    # The native file may be covered, and without a capability there is no other way to it.
-    kept = manager.kept.get(NATIVE) if manager else None
-    with Asker() as asker, native.Knob(kept) as native_knob:
+    with Asker() as asker:
         # Nothing else may be opened to write soon.
         device = os.open(fuse.DEV_FUSE, os.O_RDWR | os.O_CLOEXEC)
         confine()
@@ -275,7 +275,8 @@ def serve(connection: int, manager: Manager | None = None) -> NoReturn:
             if connection not in manager.kept.values():
                 server.wait_for(native.is_covered)
                 step("keep the connection")
-                manager.keep(NATIVE, native_knob.fileno())
+                if NATIVE not in manager.kept:
+                    manager.keep(NATIVE, native_knob.fileno())
                 manager.keep(_name_of_cover(), connection)
             manager.ready()
         step("serve")

@@ -36,12 +36,11 @@ class Manager:
         self.kept[name] = fd
         self._tell(f"FDSTORE=1\nFDNAME={name}", fd)
 
-    def forget(self) -> None:
-        """Have all that is kept closed, here and there."""
-        for name, fd in self.kept.items():
+    def forget(self, *names: str) -> None:
+        """Have what is kept under NAMES closed, here and there."""
+        for name in names:
+            os.close(self.kept.pop(name))
             self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")
-            os.close(fd)
-        self.kept.clear()
 
     def _tell(self, message: str, *fds: int) -> None:
         if self._socket:

@@ -102,7 +102,7 @@ def test_mode_and_owner_are_fixed(file: File, valid: int) -> None:
 
 @pytest.mark.parametrize("flags", [os.O_RDONLY, os.O_RDONLY | os.O_NONBLOCK])
 def test_everybody_may_open_to_read_without_a_cache(file: File, flags: int) -> None:
-    assert ask(file, OPEN, struct.pack("=II", flags, 0), thread=STRANGER) == (0, struct.pack("=QII", 0, 1, 0))
+    assert ask(file, OPEN, struct.pack("=II", flags, 0), thread=STRANGER) == (0, struct.pack("=QII", 0, 33, 0))
 
 
 @pytest.mark.parametrize("flags", [os.O_WRONLY, os.O_RDWR, os.O_WRONLY | os.O_TRUNC, 3])

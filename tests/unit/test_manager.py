@@ -34,9 +34,9 @@ def test_it_is_told_and_keeps_a_descriptor(listener: socket.socket, tmp_path: Pa
         assert message == b"FDSTORE=1\nFDNAME=connection-0-53"
         assert os.path.sameopenfile(fd, file.fileno())
         os.close(fd)
-        told.forget()
+        told.forget(*told.kept)
         assert listener.recv(100) == b"FDSTOREREMOVE=1\nFDNAME=connection-0-53"
-        told.forget()
+        told.forget(*told.kept)
         listener.setblocking(False)
         with pytest.raises(BlockingIOError):
             listener.recv(100)
@@ -67,4 +67,4 @@ def test_nobody_is_told_where_nobody_is(monkeypatch: pytest.MonkeyPatch) -> None
     alone = Manager()
     alone.ready()
     alone.keep("connection", os.dup(0))
-    alone.forget()
+    alone.forget(*alone.kept)
