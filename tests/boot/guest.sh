@@ -96,7 +96,7 @@ typo() {
 
 	systemctl restart uffdguard
 	status=$?; idle
-	tell restart "$status;$(native);$(units);$(failed)"
+	tell restart "$status;$(timeout 60 cat $FILE);$(native);$(units);$(failed)"
 	tell restart-fallback "$(fallback | tail -n +3)"
 	tell restart-decides "$(as stranger /root/actor syscall) $(as user /root/actor open:/dev/kvm syscall)"
 
@@ -106,10 +106,10 @@ typo() {
 	mv $PYTHON $PYTHON.away
 	systemctl stop uffdguard
 	idle
-	tell stop "$(native);$(failed | grep -x uffdguard.service)"
+	tell stop "$(timeout 60 cat $FILE);$(native);$(failed | grep -x uffdguard.service)"
 	tell stop-decides "$(as stranger /root/actor syscall) $(as user /root/actor open:/dev/kvm syscall)"
 
-	# Nobody decides any more, and perhaps a file that no server answers covers the knob.
+	# Nobody decides any more.
 	rm -r /sys/fs/bpf/uffdguard
 	systemctl start uffdguard
 	status=$?; idle

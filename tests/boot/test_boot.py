@@ -207,7 +207,7 @@ def test_a_reload_that_fails_leaves_the_policy_and_the_knob(typo: dict[str, str]
 
 
 def test_a_restart_that_fails_leaves_the_policy_and_the_knob_and_says_so(typo: dict[str, str]) -> None:
-    assert typo["restart"] == "1;1;failed;inactive;inactive;uffdguard.service"
+    assert typo["restart"] == "1;1;1;failed;inactive;inactive;uffdguard.service"
     assert typo["restart-decides"] == "EPERM allowed;allowed"
     assert typo["restart-fallback"].startswith(
         "uffdguard.service has failed. The policy that was in force before stays in force, and the native knob as it is"
@@ -215,11 +215,11 @@ def test_a_restart_that_fails_leaves_the_policy_and_the_knob_and_says_so(typo: d
 
 
 def test_so_does_a_stop_that_fails(typo: dict[str, str]) -> None:
-    assert typo["stop"] == "1;uffdguard.service"
+    assert typo["stop"] == "1;1;uffdguard.service"
     assert typo["stop-decides"] == "EPERM allowed;allowed"
 
 
-def test_a_dead_interface_file_does_not_hide_the_knob_from_a_start_that_fails(typo: dict[str, str]) -> None:
+def test_where_the_pins_are_gone_a_start_that_fails_closes_the_knob(typo: dict[str, str]) -> None:
     assert typo["gone"] == "1;0"
 
 

@@ -103,6 +103,7 @@ class TestAnEvent:
         )
         assert event.executable == ACTOR.name  # it has ended
 
+    @pytest.mark.kept
     @pytest.mark.parametrize(
         ("step", "way", "flags"),
         [
