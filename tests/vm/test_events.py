@@ -631,9 +631,9 @@ def test_refused_sysctls_and_silence_are_told_by_watch_log_and_report(in_force: 
     with journald(), background("log"), background("watch", "--json", "--since-boot") as told:
         assert "decisions" in told()
         actor("device")
-        for path, text in ((features.FTRACE_ENABLED, "0\n"), (native.FILE, "1\n"), (native.FILE, "x\n")):
-            with pytest.raises(PermissionError):
-                path.write_text(text)
+        for path, text in ((features.FTRACE_ENABLED, b"0\n"), (native.FILE, b"1\n"), (native.FILE, b"x\n")):
+            with path.open("wb", buffering=0) as file, pytest.raises(PermissionError):
+                file.write(text)
         actor("device", user=OTHER)
         first, ftrace, knob, other, last = (told() for _ in range(5))
         assert (first["uid"], last["uid"], "sysctl" in first) == (USER, OTHER, False)
