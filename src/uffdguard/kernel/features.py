@@ -195,11 +195,6 @@ def ftrace_enabled() -> int | None:
     return _number(FTRACE_ENABLED)
 
 
-def jit_enabled() -> int | None:
-    """Return net.core.bpf_jit_enable, likewise."""
-    return _number(JIT_ENABLED)
-
-
 def _ftrace() -> Row:
     value = ftrace_enabled()
     if value is None and FTRACE_ENABLED.exists():
@@ -209,7 +204,7 @@ def _ftrace() -> Row:
 
 
 def _jit() -> Row:
-    value = jit_enabled()
+    value = _number(JIT_ENABLED)
     if value is None and JIT_ENABLED.exists():
         return Row("JIT", "cannot tell", f"cannot read {JIT_ENABLED}", "run it as root, on the host itself")
     if value == 0:
