@@ -311,9 +311,7 @@ def _replace(
             older = libbpf.info(found.fds[name], libbpf.MapInfo)
             if obj.map_size(layout.map_name(name)) == (older.value_size, older.max_entries):
                 obj.reuse(layout.map_name(name), found.fds[name])
-        if not libbpf.kernel_has_function("__ia32_sys_userfaultfd"):
-            # It is loaded all the same, so that there is one way only, and never attached.
-            obj.aim("native32", "__x64_sys_userfaultfd")
+        features.aim(obj)
         if not can_guard:
             obj.leave_out("guard_sysctl")
         step("load")
