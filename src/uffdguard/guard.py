@@ -229,7 +229,7 @@ def _await_server() -> None:
     end = time.monotonic() + 5
     while time.monotonic() < end:
         with pinned() as found:
-            if found.pins == set(PARTS):
+            if found.complete:
                 return
         time.sleep(0.1)
 
