@@ -48,8 +48,6 @@ class Facts(NamedTuple):
     native_counted: bool | None = None
     #: Whether the last start came to its end.
     start_complete: bool = True
-    #: The pid of the dead child of a trial that was killed; 0: none.
-    trial_left: int = 0
     #: Whether the value of the native knob before the first start is recorded.
     found_recorded: bool = True
     #: How often the kernel skipped a program, and how often it had when a start last took note.
@@ -139,8 +137,6 @@ def _native_counted(facts: Facts) -> Iterator[str]:
 def _start_complete(facts: Facts) -> Iterator[str]:
     if not facts.start_complete:
         yield "the last start did not come to its end"
-    if facts.trial_left:
-        yield f"the last trial of the policy did not come to its end: pid {facts.trial_left} was its child"
 
 
 def _found_recorded(facts: Facts) -> Iterator[str]:

@@ -51,11 +51,6 @@ WRONG: tuple[tuple[str, Facts, str], ...] = (
     ("native-counted", Facts(due=1, native_counted=True), "a counter is left over"),
     ("start-complete", Facts(start_complete=False), "the last start did not come to its end"),
     (
-        "start-complete",
-        Facts(trial_left=7),
-        "the last trial of the policy did not come to its end: pid 7 was its child",
-    ),
-    (
         "found-recorded",
         Facts(found_recorded=False),
         "the native knob as it was found is not recorded: stop will leave the native knob at 0",
