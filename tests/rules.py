@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import prometheus
 
-from uffdguard.conditions import CONDITIONS
+from uffdguard.conditions import CONDITIONS, UNKNOWN
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -24,7 +24,7 @@ TABLE = re.compile(r"(?<=<!-- tests/rules\.py -->\n).*?(?=<!-- end -->\n)", re.D
 
 #: The expressions of conditions that are not seen by their series alone.
 EXPRESSIONS = {
-    # There are no series of conditions where nothing was ever put in force, or where the state cannot be read.
+    # There are no series of conditions where nothing was ever put in force, and none of this where nothing is known.
     "policy-answers": "uffdguard_in_force == 0",
     # These fail until a start takes note; an alert ends by itself.
     "hooks-not-skipped": "increase(uffdguard_hooks_skipped_total[10m]) > 0",
@@ -58,8 +58,15 @@ class Alert(NamedTuple):
         )
 
 
-#: What deserves attention although nothing fails.
+#: What deserves attention although nothing is known to fail.
 OTHERS = (
+    Alert(
+        "UffdguardCannotTell",
+        'uffdguard_condition{condition="policy-answers"} == 0 unless ignoring (condition) uffdguard_in_force',
+        "warning",
+        "It cannot be told whether a policy for userfaultfd is in force",
+        UNKNOWN,
+    ),
     Alert(
         "UffdguardAudit",
         "uffdguard_audit == 1",

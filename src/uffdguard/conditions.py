@@ -164,6 +164,8 @@ def _times(number: int) -> str:
 
 
 START = "uffdguard start repairs it"
+#: What to do where nothing is known of ``policy-answers``.
+UNKNOWN = "nothing is known of the policy, and nothing follows from that; see why it cannot be asked, and ask again"
 
 #: In the order in which status lists them.
 CONDITIONS = (

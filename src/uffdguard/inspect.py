@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from uffdguard import state
+from uffdguard.conditions import UNKNOWN
 from uffdguard.errors import Failure, one_line
 from uffdguard.kernel import execve, features, layout, libbpf, native
+from uffdguard.lock import locked
 from uffdguard.policy import Mode, Policy, Request, decide
 from uffdguard.steps import log
 
@@ -81,9 +83,21 @@ def answered(found: state.Pinned) -> Setting:
     :raises Failure: it has not, or it cannot be told.
     """
     setting = setting_of(found)
-    if setting.policy and (reason := state.ask(found, setting.policy).policy):
-        raise state.not_in_force(reason)
+    doubts = state.ask(found, setting.policy) if setting.policy else state.Doubts()
+    if setting.policy and doubts.answers is None:
+        raise Failure(f"cannot tell whether the policy is in force: {doubts.policy}", UNKNOWN)
+    if doubts.policy:
+        raise state.not_in_force(doubts.policy)
     return setting
+
+
+@contextlib.contextmanager
+def _pinned() -> Iterator[state.Pinned]:
+    """Open what is pinned under the lock: whoever asks the policy has it."""
+    with contextlib.ExitStack() as stack:
+        if state.PINS.exists():
+            stack.enter_context(locked())
+        yield stack.enter_context(state.pinned())
 
 
 def blindness() -> Failure | None:
@@ -110,7 +124,7 @@ def looking() -> Iterator[tuple[Setting, libbpf.Object]]:
         with libbpf.Object(OBJECT) as obj:
             layout.check_records(obj)
             # Not for longer: a descriptor of a link keeps its program deciding.
-            with state.pinned() as found:
+            with _pinned() as found:
                 setting = answered(found)
                 if setting.policy:
                     obj.reuse("grants", found.fds["grants"])
@@ -320,7 +334,7 @@ def visible_setting() -> Setting:
     """
     failure = blindness()
     if failure is None:
-        with state.pinned() as found:
+        with _pinned() as found:
             return answered(found)
     if native.is_covered():
         line = native.FILE.read_text()

@@ -55,29 +55,32 @@ class StateCollector(Collector):
 def of_status(status: Status | None) -> Iterator[Metric]:
     """Give the metrics of STATUS; None: it cannot be read.
 
-    Where no policy is in force there are no counters: a 0 in between would be taken for a restart from 0.
+    Where it is not known whether a policy is in force, ``uffdguard_in_force`` is left out. Where none is in force there
+    are no counters: a 0 in between would be taken for a restart from 0.
     """
     kernel = status.kernel if status else os.uname().release
     build = {"version": __version__, "kernel": one_line(kernel)}
     yield InfoMetricFamily("uffdguard_build", "The version of uffdguard, and the kernel it runs on.", build)
-    in_force = bool(status and status.in_force)
-    yield _gauge("in_force", "Whether a policy was seen to be in force.", in_force)
-    modes = {str(word): bool(status and status.mode is word) for word in Mode}
-    yield _gauges("mode", "Which mode is in force.", "mode", modes)
+    if status and status.answers is not None:
+        yield _gauge("in_force", "Whether a policy was seen to be in force.", status.in_force)
+    if status:
+        modes = {str(word): status.mode is word for word in Mode}
+        yield _gauges("mode", "Which mode is set.", "mode", modes)
     yield _gauge("problems", "Number of things amiss, as status lists them.", len(status.problems) if status else 1)
     if status is None:
+        yield _conditions({"policy-answers": False})
         return
     files = {word: word == status.interface for word in get_args(state.Interface)}
     yield _gauges("interface_file", "What the interface file is.", "state", files)
     if status.native_knob is not None:
         yield _gauge("native_knob", "The value of vm.unprivileged_userfaultfd.", status.native_knob)
     yield _gauge("drift", "Whether the native knob does not fit the mode.", status.drift)
-    if in_force or status.failing:
+    if status.in_force or status.failing:
         holds = {condition.name: condition.name not in status.failing for condition in CONDITIONS}
         # Where the program that decides is not pinned, status names the damage alone.
-        holds["policy-answers"] &= in_force
-        yield _gauges("condition", "Whether what must hold does, for a policy to be in force.", "condition", holds)
-    if not in_force:
+        holds["policy-answers"] &= status.in_force
+        yield _conditions(holds)
+    if status.answers is False:
         return
     yield _gauge("user_mode_only", "Whether UFFD_USER_MODE_ONLY suffices to be allowed.", bool(status.user_mode_only))
     yield _gauge("audit", "Whether refusals are let pass.", bool(status.audit))
@@ -105,6 +108,10 @@ def _gauges(name: str, what: str, label: str, values: Mapping[str, float]) -> Me
     for word, value in values.items():
         found.add_metric((word,), value)
     return found
+
+
+def _conditions(holds: Mapping[str, bool]) -> Metric:
+    return _gauges("condition", "Whether what must hold does, for a policy to be in force.", "condition", holds)
 
 
 def _counter(name: str, what: str, value: float) -> Metric:

@@ -247,6 +247,7 @@ class Status(NamedTuple):
     """How things stand. The names are those of ``status --json``."""
 
     in_force: bool  # it was asked, and answered
+    answers: bool | None  # None: a policy is set and could not be asked, so that nothing is known
     reason: str | None  # why it is not, where it should be
     mode: Mode | None
     user_mode_only: bool | None
@@ -258,7 +259,7 @@ class Status(NamedTuple):
     pins: dict[str, bool]
     skipped: int  # times the kernel skipped grant or forget
     lost: int  # grants that could not be recorded
-    guard: Guard | None  # None: no policy is in force
+    guard: Guard | None  # None: no policy is in force, or it could not be asked
     interface: Interface
     grants: int
     allowed: int
@@ -364,6 +365,7 @@ def status() -> Status:
         decisions = counts.by_reason()
         return Status(
             in_force=bool(policy and doubts.answers),
+            answers=doubts.answers if policy else False,
             reason=doubts.policy,
             mode=policy.mode if policy else None,
             user_mode_only=policy.user_mode_only if policy else None,
@@ -375,7 +377,7 @@ def status() -> Status:
             pins={part: part in found.pins for part in PARTS},
             skipped=found.skipped,
             lost=counts.lost,
-            guard=facts.guard if policy else None,
+            guard=facts.guard if policy and doubts.answers is not None else None,
             interface=interface,
             grants=max(0, counts.grants),  # below 0: one came and went between the looks at two tallies
             allowed=sum(number for reason, number in decisions.items() if reason.allowed),

@@ -257,6 +257,7 @@ def protocol(data: bytes) -> None:
 
 STATUS = state.Status(
     in_force=True,
+    answers=True,
     reason=None,
     mode=Mode.KVM,
     user_mode_only=False,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 STATUS = Status(
     in_force=True,
+    answers=True,
     reason=None,
     mode=Mode.KVM,
     user_mode_only=False,

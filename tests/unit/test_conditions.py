@@ -10,7 +10,7 @@ import rules
 from unit import test_cli
 
 from uffdguard.cli import plain
-from uffdguard.conditions import BY_NAME, CONDITIONS, Facts, failing
+from uffdguard.conditions import BY_NAME, CONDITIONS, UNKNOWN, Facts, failing
 from uffdguard.policy import Mode, Policy
 
 #: Facts by which a condition fails, and what is said then.
@@ -130,12 +130,23 @@ def test_status_says_how_the_guard_of_sysctls_is(guard: str, capsys: pytest.Capt
 
 def test_a_policy_that_does_not_answer_is_not_said_to_be_in_force(capsys: pytest.CaptureFixture[str]) -> None:
     status = test_cli.STATUS._replace(
-        in_force=False, reason="so it is", problems=["so it is"], failing=["policy-answers"]
+        in_force=False, answers=False, reason="so it is", problems=["so it is"], failing=["policy-answers"]
     )
     plain.show(status)
     out = capsys.readouterr().out
     assert re.match(r"policy +NOT IN FORCE, see below\n", out)
     assert "problem: so it is\npolicy-answers: uffdguard start puts it in force" in out
+
+
+def test_a_policy_that_could_not_be_asked_is_not_said_to_be_out_of_force(capsys: pytest.CaptureFixture[str]) -> None:
+    status = test_cli.STATUS._replace(
+        in_force=False, answers=None, reason="so it is", problems=["so it is"], failing=["policy-answers"]
+    )
+    plain.show(status)
+    out = capsys.readouterr().out
+    assert re.match(r"policy +CANNOT TELL whether it is in force, see below\nmode +kvm\n", out)
+    assert out.endswith(f"problem: so it is\npolicy-answers: {UNKNOWN}\n")
+    assert "not in force" not in out.lower()
 
 
 def test_the_alerting_rules_are_those_of_the_list() -> None:

@@ -56,7 +56,9 @@ STATUS = test_cli.STATUS._replace(
     problems=["one\nthing", "another"],
     failing=["knob-fits"],
 )
-STOPPED = STATUS._replace(in_force=False, mode=None, user_mode_only=None, native_knob=None, problems=[], failing=[])
+STOPPED = STATUS._replace(
+    in_force=False, answers=False, mode=None, user_mode_only=None, native_knob=None, problems=[], failing=[]
+)
 
 TEXT = f"""\
 # HELP uffdguard_build_info The version of uffdguard, and the kernel it runs on.
@@ -65,7 +67,7 @@ uffdguard_build_info{{kernel="6.12.1-amd64",version="{__version__}"}} 1.0
 # HELP uffdguard_in_force Whether a policy was seen to be in force.
 # TYPE uffdguard_in_force gauge
 uffdguard_in_force 1.0
-# HELP uffdguard_mode Which mode is in force.
+# HELP uffdguard_mode Which mode is set.
 # TYPE uffdguard_mode gauge
 uffdguard_mode{{mode="disabled"}} 0.0
 uffdguard_mode{{mode="enabled"}} 0.0
@@ -206,8 +208,17 @@ def test_a_policy_that_does_not_answer_has_conditions_and_no_counter() -> None:
     assert (found["uffdguard_in_force",], [name for name, *_ in found if name.endswith("_total")]) == (0, [])
 
 
+def test_a_policy_that_could_not_be_asked_has_its_counters_and_is_not_said_to_be_out_of_force() -> None:
+    unknown = STATUS._replace(in_force=False, answers=None, reason="it could not be asked", failing=["policy-answers"])
+    found, known = parsed(text(unknown)), parsed(text(STATUS._replace(failing=[])))
+    assert set(known) - set(found) == {("uffdguard_in_force",)}
+    assert {key: value for key, value in found.items() if value != known[key]} == {
+        ("uffdguard_condition", "policy-answers"): 0
+    }
+
+
 @pytest.mark.parametrize("error", [Failure("it is\nso", "do that"), PermissionError(1, "no")])
-def test_a_state_that_cannot_be_read_is_not_in_force_and_a_problem(
+def test_a_state_that_cannot_be_read_is_unknown_and_a_problem(
     as_root: None,
     capsys: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
@@ -220,7 +231,8 @@ def test_a_state_that_cannot_be_read_is_not_in_force_and_a_problem(
     monkeypatch.setattr(state, "status", fail)
     status, out, _ = run(capsys)
     found = parsed(out)
-    assert (status, found["uffdguard_in_force",], found["uffdguard_problems",]) == (0, 0, 1)
+    assert (status, found["uffdguard_problems",], found["uffdguard_condition", "policy-answers"]) == (0, 1, 0)
+    assert ("uffdguard_in_force",) not in found
     assert [record.getMessage() for record in caplog.records] == [str(error)]
 
 
@@ -232,7 +244,9 @@ def test_a_hostile_name_of_the_kernel_is_a_value_and_no_more() -> None:
     assert ("uffdguard_build_info", one_line(name), __version__) in parsed(found)
 
 
-@pytest.mark.parametrize("status", [STATUS, STOPPED, None, STATUS._replace(audit=True, native=5)])
+@pytest.mark.parametrize(
+    "status", [STATUS, STOPPED, STATUS._replace(answers=None), None, STATUS._replace(audit=True, native=5)]
+)
 def test_promtool_has_nothing_to_say_about_the_metrics(status: object) -> None:
     done = subprocess.run(["promtool", "check", "metrics"], input=text(status), capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

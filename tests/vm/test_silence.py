@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 import pytest
 from inside import Killer, actor, force_knob, forked, uffdguard, watched
 
-from uffdguard import config, guard, state
+from uffdguard import config, guard, inspect, metrics, state
+from uffdguard.errors import Failure
 from uffdguard.kernel import features, layout, libbpf, native
 from uffdguard.policy import Mode, Policy
 
@@ -201,8 +202,14 @@ class TestAPolicyThatDoesNotAnswer:
         with monkeypatch.context() as patch:
             patch.setattr(os, "fork", fail)
             status = state.status()
-        assert not status.in_force
+            told = metrics.text()
+            with pytest.raises(Failure, match="cannot tell whether the policy is in force"), inspect.looking():
+                pass
+        assert (status.in_force, status.answers, status.failing) == (False, None, ["policy-answers"])
         assert "could not be asked" in (status.reason or "")
+        assert "\nuffdguard_in_force" not in told
+        assert 'uffdguard_condition{condition="policy-answers"} 0.0' in told
+        assert "\nuffdguard_decisions_total{" in told
         assert status.native_knob == 1
         assert state.status().in_force
 

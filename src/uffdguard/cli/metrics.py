@@ -26,7 +26,7 @@ def command(ctx: click.Context, textfile: Path | None, listen: str | None) -> No
     """Give the state as metrics for Prometheus.
 
     What status tells, in the text format of Prometheus, on standard output unless an option says otherwise.
-    Where no policy is in force, or its state cannot be read, uffdguard_in_force is 0.
+    Where no policy is in force, uffdguard_in_force is 0; where that cannot be told, there is none.
     """
     import logging
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from uffdguard import state
 from uffdguard.cli import render
-from uffdguard.conditions import BY_NAME
+from uffdguard.conditions import BY_NAME, UNKNOWN
 from uffdguard.kernel import native
 from uffdguard.policy import interface_line
 
@@ -43,11 +43,13 @@ def status(*, json: bool = False) -> int:
 def show(status: Status) -> None:
     """Print STATUS as text."""
     rows = [("policy", f"in force since {status.since}" if status.in_force else "not in force")]
-    if status.reason:
+    if status.answers is None:
+        rows = [("policy", "CANNOT TELL whether it is in force, see below")]
+    elif status.reason:
         rows = [("policy", "NOT IN FORCE, see below")]
     elif status.audit:
         rows = [("policy", f"NOT ENFORCED (audit) since {status.since}: refusals are counted and told, and let pass")]
-    if status.in_force:
+    if status.answers is not False:
         rows.append(("mode", str(status.mode)))
         rows.append(("user-mode-only", "allow" if status.user_mode_only else "deny"))
     rows.append(("kernel", status.kernel))
@@ -73,7 +75,8 @@ def show(status: Status) -> None:
         render.echo(f"{render.coloured('problem')}: {problem}")
     hints: dict[str, list[str]] = {}
     for name in status.failing:
-        hints.setdefault(BY_NAME[name].remedy, []).append(name)
+        unknown = name == "policy-answers" and status.answers is None
+        hints.setdefault(UNKNOWN if unknown else BY_NAME[name].remedy, []).append(name)
     for hint, names in hints.items():
         render.echo(f"{', '.join(names)}: {hint}")
     if not (status.in_force or status.problems):

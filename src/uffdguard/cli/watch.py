@@ -30,7 +30,7 @@ def command(everything: bool, since_boot: bool, json: bool) -> None:
     from uffdguard import events, state
 
     status = state.status()
-    if not status.in_force:
+    if status.answers is False:
         raise state.not_in_force(status.reason)
     printer = Objects() if json else Lines()
     if since_boot:
