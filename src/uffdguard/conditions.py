@@ -31,8 +31,6 @@ class Facts(NamedTuple):
     guard: Guard = "attached"
     #: kernel.ftrace_enabled; None where there is no such sysctl or it cannot be read.
     ftrace_enabled: int | None = None
-    #: net.core.bpf_jit_enable, likewise.
-    jit: int | None = None
     #: Whether the kernel skips a program on the LSM hook while another one runs on the same CPU; None: unknown.
     recursion_guard: bool | None = False
     #: How the kernel preempts; None: unknown.
@@ -112,12 +110,6 @@ def _preemption(facts: Facts) -> Iterator[str]:
     if facts.recursion_guard and facts.preempts:
         how = f"preempts ({facts.preemption})" if facts.preemption else "may preempt"
         yield f"this kernel {how}, and skips a decision while another one is preempted on the same CPU"
-
-
-def _jit(facts: Facts) -> Iterator[str]:
-    # Measured on 6.1 and 7.3: a trampoline calls the interpreter then, and all works.
-    if facts.jit == 0 and facts.answers is False:
-        yield "net.core.bpf_jit_enable is 0: this kernel may not run the programs of the policy without its JIT"
 
 
 def _pins_complete(facts: Facts) -> Iterator[str]:
@@ -209,15 +201,6 @@ CONDITIONS = (
         "boot Linux 6.1.54, 6.2 or newer, or with preempt=voluntary where uname -v says PREEMPT_DYNAMIC",
         _preemption,
         row="preemption",
-    ),
-    Condition(
-        "jit",
-        "warning",
-        "UffdguardJitOff",
-        "net.core.bpf_jit_enable is 0, and the policy does not answer",
-        "remove it from sysctl.d, run sysctl -w net.core.bpf_jit_enable=1, then uffdguard start",
-        _jit,
-        row="JIT",
     ),
     Condition(
         "pins-complete",

@@ -239,7 +239,7 @@ def _await_server() -> None:
     end = time.monotonic() + 5
     while time.monotonic() < end:
         with pinned() as found:
-            if found.pins == set(PARTS):
+            if found.complete:
                 return
         time.sleep(0.1)
 
@@ -324,9 +324,7 @@ def _replace(
             if obj.map_size(layout.map_name(name)) == (older.value_size, older.max_entries):
                 obj.reuse(layout.map_name(name), found.fds[name])
                 kept.add(name)
-        if not libbpf.kernel_has_function("__ia32_sys_userfaultfd"):
-            # It is loaded all the same, so that there is one way only, and never attached.
-            obj.aim("native32", "__x64_sys_userfaultfd")
+        features.aim(obj)
         if not can_guard:
             obj.leave_out("guard_sysctl")
         step("load")

@@ -394,7 +394,7 @@ def _with_machine(facts: Facts) -> Facts:
     """Add what is known of the machine to FACTS."""
     from uffdguard.kernel import features
 
-    facts = facts._replace(ftrace_enabled=features.ftrace_enabled(), jit=features.jit_enabled())
+    facts = facts._replace(ftrace_enabled=features.ftrace_enabled())
     facts = facts._replace(preemption=features.preemption(), recursion_guard=False)
     # To look into the kernel's BTF takes 10 ms.
     return facts._replace(recursion_guard=features.recursion_guard()) if facts.preempts else facts
