@@ -286,6 +286,15 @@ def serve(connection: int, native_knob: native.Knob, manager: Manager | None = N
         server.end(0)
 
 
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells the file at PATH from all others; None: there is none."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
 def confine() -> None:
     """Give up what a server can do without: its capabilities, and to write files that are not its own.
 
@@ -297,10 +306,12 @@ def confine() -> None:
     native.restrict_writes(
         {
             native.RUN: Access.WRITE | Access.MAKE | Access.REMOVE,
-            # To pin again.
-            native.BPFFS: Access.MAKE | Access.MAKE_DIRECTORY | Access.REMOVE,
-            # A bpffs may be mounted anew. Nothing else that is mounted there lets files be made or removed.
-            native.BPFFS.parent: Access.MAKE | Access.REMOVE,
+            # Where the pins are now, and in no other directory: a bpffs has the pins of other programs, too.
+            **({state.PINS: Access.MAKE | Access.REMOVE} if state.PINS.is_dir() else {}),
+            # To pin again where that was removed.
+            native.BPFFS: Access.MAKE | Access.MAKE_DIRECTORY,
+            # A bpffs may be mounted anew. Nothing else that is mounted there lets files be made.
+            native.BPFFS.parent: Access.MAKE,
         }
     )
 
@@ -313,6 +324,8 @@ class Server:
         self.native_knob = native_knob
         self.words = native.modes()
         self.held: dict[str, int] = {}
+        #: The directory of the pins in which this server may also remove, see :func:`confine`.
+        self.directory = _identity(state.PINS)
         #: Whether the policy has answered; None: that is not known yet.
         self.answers: bool | None = None
         #: When that was seen last, by the monotonic clock; None: it was told that this is long ago.
@@ -505,6 +518,11 @@ class Server:
         """Change something of what is pinned now; EIO when that fails."""
         try:
             with locked():
+                if self.directory != _identity(state.PINS):
+                    raise Failure(
+                        f"{state.PINS} was removed and made anew, and this server may remove nothing there",
+                        "systemctl restart uffdguard-knob, or end uffdguard knob and run it again",
+                    )
                 self.hold()
                 how()
         except Failure as error:

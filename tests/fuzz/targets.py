@@ -187,6 +187,7 @@ def interface(data: bytes) -> None:
     server.words = tuple(Mode) if kvm else (Mode.DISABLED, Mode.ENABLED)
     server.held, server.asker = {"administrators": 0}, SimpleNamespace()  # type: ignore[assignment]
     server.native_knob = SimpleNamespace()  # type: ignore[assignment]
+    server.directory = knob._identity(state.PINS)
     asked: list[Mode | int] = []
     lines: list[str] = []
     log = SimpleNamespace(warning=lambda text, *values: lines.append(text % values))

@@ -87,6 +87,7 @@ def server(**held: int) -> knob.Server:
     server = object.__new__(knob.Server)
     server.words = WORDS
     server.held = held
+    server.directory = None
     return server
 
 

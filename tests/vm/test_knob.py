@@ -594,7 +594,7 @@ class TestKilled:
 
 
 class TestSecondReferences:
-    def test_pins_removed_by_accident_change_nothing_and_come_back(self, serving: int) -> None:
+    def test_pins_removed_by_accident_change_nothing_and_come_back(self, serving: int, log: Path) -> None:
         FILE.write_text("kvm")
         for part in state.PARTS:
             (state.PINS / part).unlink()
@@ -602,6 +602,12 @@ class TestSecondReferences:
         assert actor(KVM, "syscall", "fork", "syscall") == ["allowed", "allowed", "EPERM"]
         until(lambda: not state.status().problems)
         assert state.status().mode is Mode.KVM
+        # It is another directory, and one in which this server may not remove.
+        with pytest.raises(OSError, match="Input/output error"):
+            FILE.write_text("enabled")
+        assert "was removed and made anew" in log.read_text()
+        assert FILE.read_text() == "disabled enabled [kvm]\n"
+        assert uffdguard("mode", "enabled").status == 0
 
     def test_a_bpffs_unmounted_by_accident_changes_nothing_and_start_mends_it(self, serving: int) -> None:
         FILE.write_text("enabled")

@@ -135,6 +135,8 @@ def test_a_server_writes_no_file_but_its_own(serving: int, tmp_path: Path) -> No
     victims += [native.VISIBLE_PROC / "self/comm", *(native.VISIBLE_PROC.glob("sys/kernel/core_pattern"))]
     with state.pinned() as found:
         policy = os.dup(found.fds["policy"])
+    others = native.BPFFS / "another-program"
+    libbpf.pin(policy, others)
 
     def taken_over() -> None:
         knob.confine()
@@ -155,5 +157,11 @@ def test_a_server_writes_no_file_but_its_own(serving: int, tmp_path: Path) -> No
         (native.RUN / "x").unlink()
         libbpf.pin(policy, state.PINS / "x")
         (state.PINS / "x").unlink()
+        for take_away in (others.unlink, lambda: others.rename(native.BPFFS / "z"), state.PINS.rmdir):
+            with pytest.raises(PermissionError):
+                take_away()
 
-    assert os.waitpid(forked(taken_over), 0)[1] == 0
+    try:
+        assert os.waitpid(forked(taken_over), 0)[1] == 0
+    finally:
+        others.unlink()
