@@ -14,14 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from uffdguard import state
-from uffdguard.errors import one_line
+from uffdguard import proof, state
+from uffdguard.errors import Failure, one_line
 from uffdguard.inspect import NATIVE, unit, user_of
-from uffdguard.kernel import layout, libbpf
+from uffdguard.kernel import layout, libbpf, native
+from uffdguard.lock import locked
 from uffdguard.policy import Mode, Way  # noqa: TC001 - at run time too: journal.to_event() has msgspec read the types
+from uffdguard.steps import log
 
 #: Seconds between two looks. Events have a limit, and the kernel side keeps the newest 2048.
 INTERVAL = 0.25
+#: Seconds between two questions to the policy.
+ASKING = 5.0
 #: Seconds, at most, for which the allowed ones are asked for anew at each look.
 LEASE = 3
 
@@ -236,6 +240,58 @@ class Stream:
         now = time.monotonic()
         self._waiting = self._waiting or now
         return now - self._waiting > PATIENCE
+
+
+class Question:
+    """Asks the policy every few seconds, where no server of the interface file does: see :func:`unanswered_since`.
+
+    Each time by a process of its own, so that nobody waits for the answer.
+    """
+
+    def __init__(self) -> None:
+        self._pid: int | None = None
+        self._due = time.monotonic()
+
+    def ask(self) -> None:
+        """Have it asked if it is time."""
+        if self._pid is not None:
+            with contextlib.suppress(ChildProcessError):
+                if os.waitpid(self._pid, os.WNOHANG)[0] == 0:
+                    return
+            self._pid = None
+        if time.monotonic() < self._due:
+            return
+        self._due = time.monotonic() + ASKING
+        with contextlib.suppress(Failure):
+            if state.server():
+                return
+        with contextlib.suppress(OSError):  # no process can be had: nothing is known
+            self._pid = os.fork()
+        if self._pid == 0:
+            try:
+                see()
+            except (Failure, OSError) as error:
+                log.debug("%s", error)
+            finally:
+                os._exit(0)
+
+
+def see() -> None:
+    """See the pinned policy refuse, or leave a note and close the native knob, as ``status`` does.
+
+    Needs no more capabilities than uffdguard-log.service has, unless a file of ours covers the native knob.
+
+    :raises Failure: it does not refuse, or it cannot be asked.
+    :raises OSError: nothing is pinned, or another process has the lock.
+    """
+    with contextlib.ExitStack() as stack:
+        if state.PINS.exists():  # else there would be a directory of the lock
+            stack.enter_context(locked(wait=False))
+        fds = {name: libbpf.get(state.PINS / name) for name in ("witness", "policy", "enforcement")}
+        for fd in fds.values():
+            stack.callback(os.close, fd)
+        asker, knob = stack.enter_context(proof.Asker()), stack.enter_context(native.Knob())
+        proof.see(fds, state.read_policy(fds["policy"]), asker, knob)
 
 
 def unanswered_since() -> int:

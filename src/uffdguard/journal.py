@@ -88,7 +88,9 @@ def follow(*, everything: bool) -> NoReturn:
         stream.map, stream.last = map(int, os.pread(written, 64, 0).split())
     try:
         journal = JournaldTransport()
+        question = events.Question()
         while True:
+            question.ask()
             batch = stream.read()
             for entry in batch.shown(everything=everything):
                 journal.send(of_entry(entry).items())

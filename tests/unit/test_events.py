@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from inside import until
 from unit.test_journal import EVENT, WRITE
 
-from uffdguard import events
+from uffdguard import events, state
 from uffdguard.cli.watch import Lines, Objects
 from uffdguard.events import Batch, Entry, Event, Notice, SysctlWrite, notices
 from uffdguard.kernel import layout
@@ -24,6 +25,37 @@ def record(**values: Any) -> layout.Event:
     now = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     name = os.fsencode(Path("/proc/self/exe").readlink().name)
     return layout.Event(**{"time": now, "pid": os.getpid(), "executable": name, "command": b"sysctl"} | values)
+
+
+def test_the_policy_is_asked_now_and_then_by_a_process_that_nobody_waits_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked = tmp_path / "asked"
+    servers = iter([None, None, 7])
+
+    def see() -> None:
+        with asked.open("a") as file:
+            file.write("x")
+        until(lambda: (tmp_path / "go on").exists())
+
+    monkeypatch.setattr(events, "see", see)
+    monkeypatch.setattr(events, "ASKING", 0.0)
+    monkeypatch.setattr(state, "server", lambda: next(servers))
+    question = events.Question()
+    question.ask()
+    until(asked.exists)
+    for _ in range(3):
+        question.ask()  # the first question is not answered yet
+    (tmp_path / "go on").touch()
+
+    def again() -> bool:
+        question.ask()
+        return len(asked.read_text()) == 2
+
+    until(again)
+    with pytest.raises(StopIteration):  # of the third, a server asks
+        until(lambda: question.ask())
+    assert asked.read_text() == "xx"
 
 
 @pytest.mark.parametrize(

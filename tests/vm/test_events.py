@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ import pytest
 from inside import ACTOR, USER, actor, force_knob, forked, journald, kernel_memory, uffdguard, until, waiting_actor
 from vm import silent
 
-from uffdguard import guard, inspect, journal, proof, report, state
+from uffdguard import events, guard, inspect, journal, report, state
 from uffdguard.events import INTERVAL, LEASE, Event, Stream
 from uffdguard.kernel import features, layout, libbpf, native
 from uffdguard.policy import Mode, Policy, Reason
@@ -27,6 +28,7 @@ from uffdguard.policy import Mode, Policy, Reason
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+ROOT = Path(__file__).parents[2]
 KVM = "open:/dev/kvm"
 HOSTILE = "\x1b[31m\n<b>[red]"
 ESCAPED = r"\x1b[31m\n<b>[red]"
@@ -626,7 +628,9 @@ class TestLog:
             assert process.stderr.read() == "uffdguard: the policy is not in force; run uffdguard start\n"
 
 
-def test_refused_sysctls_and_silence_are_told_by_watch_log_and_report(in_force: Callable[..., None]) -> None:
+def test_refused_sysctls_and_silence_are_told_by_watch_log_and_report(
+    in_force: Callable[..., None], silence: Callable[[bool], None]
+) -> None:
     in_force("disabled")
     with journald(), background("log"), background("watch", "--json", "--since-boot") as told:
         assert "decisions" in told()
@@ -643,11 +647,14 @@ def test_refused_sysctls_and_silence_are_told_by_watch_log_and_report(in_force: 
         assert (ftrace["pid"], ftrace["user"], ftrace["mode"]) == (os.getpid(), "root", "disabled")
         assert ftrace["executable"] == str(Path("/proc/self/exe").readlink())
         until(lambda: written() == newest())
-        for answers in (False, True):
-            with state.pinned() as found:
-                proof.record(found.fds, answers=answers)
-            assert told()["answers"] is answers
-            time.sleep(2 * INTERVAL)  # log looks no less often
+        # Nobody but these two asks.
+        silence(True)
+        assert told()["answers"] is False
+        time.sleep(2 * INTERVAL)  # log looks no less often
+        silence(False)
+        assert state.status().in_force
+        assert told()["answers"] is True
+        time.sleep(2 * INTERVAL)
         subprocess.run(["journalctl", "--sync"], check=True)
         found = json.loads(uffdguard("report", "--json").out)
         assert [found[name] for name in ("asked", "silences", "damaged")] == [2, 1, 0]
@@ -656,6 +663,24 @@ def test_refused_sysctls_and_silence_are_told_by_watch_log_and_report(in_force: 
             ("vm.unprivileged_userfaultfd = 1", 1),
             ("vm.unprivileged_userfaultfd", 1),
         ]
+
+
+def test_log_can_ask_the_policy_with_the_capabilities_of_its_service(
+    in_force: Callable[..., None], silence: Callable[[bool], None]
+) -> None:
+    in_force("kvm")
+    unit = (ROOT / "packaging/systemd/uffdguard-log.service").read_text()
+    names = re.search(r"^CapabilityBoundingSet=(.*)$", unit, re.MULTILINE)
+    assert names
+    kept = "".join(f",+{name.removeprefix('CAP_').lower()}" for name in names[1].split())
+    ask = ["setpriv", "--no-new-privs", f"--bounding-set=-all{kept}", sys.executable, "-c"]
+    ask.append("from uffdguard import events; events.see()")
+    assert subprocess.run(ask).returncode == 0
+    silence(True)
+    done = subprocess.run(ask, capture_output=True, text=True)
+    assert "the policy does not answer" in done.stderr
+    assert events.unanswered_since()
+    assert native.read_knob() == 0
 
 
 def test_a_file_system_that_does_not_answer_holds_up_nobody(kvm: None) -> None:

@@ -19,8 +19,9 @@ def command(everything: bool, since_boot: bool, json: bool) -> None:
     """Show decisions as they happen.
 
     A line for each userfaultfd that is refused, and for each write of a sysctl that would undo the policy, until it is
-    interrupted. What repeats itself is folded, with a count. Of one user no more events are told a second than the
-    configuration says; the others are counted as suppressed. It says so when the policy stops answering.
+    interrupted. What repeats itself is folded, with a count. The configuration limits how many events of one user
+    are shown in a second; the others are counted as suppressed. It asks the policy every five seconds, and says when
+    that stops answering.
 
     The command is the name that the process gives itself.
     """
@@ -38,7 +39,9 @@ def command(everything: bool, since_boot: bool, json: bool) -> None:
     stream = events.Stream(0 if since_boot else None, everything=everything)
     reader_gone = select.poll()
     reader_gone.register(sys.stdout, select.POLLERR)
+    question = events.Question()
     while True:
+        question.ask()
         batch = stream.read()
         printer.events(batch.shown(everything=everything))
         if batch.suppressed or batch.lost:
