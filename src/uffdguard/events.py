@@ -253,7 +253,7 @@ class Question:
         self._due = time.monotonic()
 
     def ask(self) -> None:
-        """Have it asked if it is time."""
+        """Start a process that asks, if it is time."""
         if self._pid is not None:
             with contextlib.suppress(ChildProcessError):
                 if os.waitpid(self._pid, os.WNOHANG)[0] == 0:

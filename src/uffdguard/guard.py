@@ -76,7 +76,7 @@ STEPS = Steps(
 )
 step = STEPS.take
 
-#: Of all users together.
+#: The limit on the events of all users.
 EVENTS_PER_SECOND = 1000
 
 
@@ -436,7 +436,7 @@ def _set_knob(fds: dict[str, int], due: int, value: int, knob: native.Knob, undo
 
 
 def _count_native(fds: dict[str, int], wanted: bool, undo: contextlib.ExitStack) -> None:
-    """Have the refusals of the native knob counted or not: each allowed system call pays for it."""
+    """Begin or end to count the refusals of the native knob: each allowed system call pays for it."""
     step("count native refusals")
     programs = {name: libbpf.info(fds[name], libbpf.ProgramInfo) for name in COUNTERS}
     for name, program in programs.items():
@@ -496,7 +496,7 @@ def set_mode(mode: Mode) -> Policy:
 
 
 def switch(fds: dict[str, int], mode: Mode, asker: Asker, knob: native.Knob) -> Policy:
-    """Switch the mode and return what is then; for who has the lock and descriptors of what is decided by.
+    """Switch the mode and return the new policy; the caller has the lock and the descriptors of the maps in force.
 
     :raises Failure: the mode does not exist here, or the policy does not answer.
     """
@@ -514,7 +514,7 @@ def switch(fds: dict[str, int], mode: Mode, asker: Asker, knob: native.Knob) -> 
 def set_found(fds: dict[str, int], value: int, asker: Asker, knob: native.Knob) -> None:
     """Take VALUE for what the native knob was found with, in audit: there it is meant for the kernel.
 
-    For who has the lock, as :func:`switch`.
+    The caller has the lock, as for :func:`switch`.
 
     :raises Failure: the policy does not answer, or is not in audit.
     """

@@ -52,7 +52,7 @@ class Verdict:
 
 
 def verdict(setting: Setting, request: Request) -> Verdict:
-    """Return what the system call gives to who asks: the kernel's own knob comes first, and can only refuse."""
+    """Return what the system call answers: the kernel's own knob comes first, and can only refuse."""
     reason = decide(setting.policy, request) if setting.policy else None
     audited = setting.policy is not None and setting.policy.audit and reason is not None and not reason.allowed
     if reason and not reason.allowed and not audited:
@@ -63,7 +63,7 @@ def verdict(setting: Setting, request: Request) -> Verdict:
 
 
 def setting_of(found: state.Pinned) -> Setting:
-    """Return what is in force, for who may see the pins.
+    """Return what is in force; the caller may see the pins.
 
     :raises Failure: it cannot be told.
     """

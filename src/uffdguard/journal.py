@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from uffdguard.events import Entry
 
-#: The map and the number of the newest event that is in the journal; locked by who writes there.
+#: The map and the number of the newest event that is in the journal; locked by the process that writes there.
 WRITTEN = native.RUN / "log"
 
 Kind = TypeVar("Kind", Event, SysctlWrite)

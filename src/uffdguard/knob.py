@@ -36,7 +36,7 @@ from uffdguard.steps import Steps, log
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-#: The steps of who mounts the file and of its server, besides those of a switch of the mode and of stop.
+#: The steps of the process that mounts the file and of its server, besides those of a switch of the mode and of stop.
 STEPS = Steps(
     (
         "bind the socket",
@@ -67,7 +67,7 @@ PATIENCE = 30.0
 LONGEST = 64
 #: Seconds between two looks whether the policy still refuses.
 INTERVAL = 1.0
-#: Seconds without one, after which that is told.
+#: Seconds without one, after which the server logs that.
 BLIND = 60.0
 ENDS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 NUMBERS = {"0": Mode.DISABLED, "1": Mode.ENABLED}
@@ -178,7 +178,7 @@ def main() -> NoReturn:
     try:
         serve_under_manager(manager)
     except (Failure, OSError) as error:
-        # The next one would not begin either: nobody is to wait for an answer.
+        # The next one would not begin either: without what is kept no caller waits for an answer.
         manager.forget(*manager.kept)
         print(f"uffdguard: {error}", file=sys.stderr)
         sys.exit(1)
@@ -427,7 +427,7 @@ class Server:
         self.seen = time.monotonic()
 
     def see_nothing(self, why: str) -> None:
-        """Tell, once, that nobody has seen for long whether the policy refuses."""
+        """Log once that no process has seen for long whether the policy refuses."""
         if self.seen is not None and time.monotonic() > self.seen + BLIND:
             self.seen = None
             log.error("it cannot be seen whether the policy refuses: %s", why)
@@ -454,7 +454,7 @@ class Server:
         with contextlib.suppress(OSError):
             closed = proof.close_net(self.held, state.read_policy(self.held["policy"]), self.native_knob)
         if self.answers is not False:
-            result = "is closed" if closed else "stays as it is, for the policy lets all pass"
+            result = "is closed" if closed else "stays as it is, because this setting refuses nobody"
             log.critical("the policy does not refuse any more, and the native knob %s: %s", result, error)
         self.note(False)
 
@@ -491,9 +491,9 @@ class Server:
         return f"{interface_line(self.current().mode, self.words)}\n".encode()
 
     def check_writer(self, thread: int) -> None:
-        """Refuse who has no CAP_SYS_ADMIN in the initial user namespace: uid 0 alone is root of any container.
+        """Refuse a thread without CAP_SYS_ADMIN in the initial user namespace: root of any container has uid 0, too.
 
-        :raises PermissionError: so it is.
+        :raises PermissionError: it has none.
         """
         if thread not in memoryview(libbpf.iterate(self.held["administrators"])).cast("i"):
             log.warning("refused to write: %s has no CAP_SYS_ADMIN in the initial user namespace", _who(thread))

@@ -39,8 +39,8 @@ def locked(*, wait: bool = True) -> Iterator[None]:
     try:
         yield
     finally:
-        # By the holder alone and before the lock is released: who removes a directory that another has locked lets
-        # a third make and lock a new one.
+        # By the holder alone and before the lock is released: to remove a directory that another process has locked
+        # would let a third make and lock a new one.
         with contextlib.suppress(OSError):
             native.RUN.rmdir()
         os.close(fd)
@@ -126,7 +126,7 @@ def _begin_to_wait(fd: int) -> threading.Thread | None:
 
 
 def _holder(fd: int) -> int | None:
-    """Return the pid of who has an flock(2) on the file, proc_locks(5); None where it cannot be seen from here."""
+    """Return the pid of the holder of an flock(2) on a file, proc_locks(5); None where it cannot be seen from here."""
     found = os.fstat(fd)
     file = f"{os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x}:{found.st_ino}"
     for line in Path("/proc/locks").read_text().splitlines():

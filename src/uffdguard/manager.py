@@ -32,12 +32,12 @@ class Manager:
         self._tell("READY=1")
 
     def keep(self, name: str, fd: int) -> None:
-        """Have FD kept for the next server, under a NAME without colons."""
+        """Let the service manager keep FD for the next server, under a NAME without colons."""
         self.kept[name] = fd
         self._tell(f"FDSTORE=1\nFDNAME={name}", fd)
 
     def forget(self, *names: str) -> None:
-        """Have what is kept under NAMES closed, here and there."""
+        """Close what is kept under NAMES, in this process and in the service manager."""
         for name in names:
             os.close(self.kept.pop(name))
             self._tell(f"FDSTOREREMOVE=1\nFDNAME={name}")

@@ -44,7 +44,7 @@ class Asker:
         os.close(self._device)
 
     def restart(self) -> None:
-        """Have a new child in the place of one that does not answer."""
+        """Replace a child that does not answer by a new one."""
         self._end()
         self._begin()
 

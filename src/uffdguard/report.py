@@ -215,7 +215,7 @@ class Report:
             told.append(f"{_count(self.damaged, 'entry', 'entries')} could not be read: the figures are too low.")
         if self.silences:
             often = _count(self.silences, "time", "times")
-            told.append(f"The policy stopped answering {often}: who asked until it answered again is not known.")
+            told.append(f"The policy stopped answering {often}: nothing is known of the calls until it answered again.")
         if self.journalctl:
             told.append(f"journalctl: {self.journalctl}")
         if self.not_enforced:

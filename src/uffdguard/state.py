@@ -43,7 +43,7 @@ LINKS: dict[str, set[str]] = {
 #: Pinned themselves, to be attached while the native knob is 0: then their links are pinned too, see :func:`link_of`.
 COUNTERS = {name: {"grants", "counts", "policy", "witness", "events", "watching"} for name in ("native", "native32")}
 USES = LINKS | COUNTERS
-#: The order of pinning: ``decide`` last, so that who finds it finds all the others too.
+#: The order of pinning: ``decide`` last, so that a process that finds it finds all the others too.
 PARTS = ("grants", "counts", "policy", "witness", "events", "watching", "enforcement", *COUNTERS, *LINKS)
 
 

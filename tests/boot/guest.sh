@@ -110,7 +110,7 @@ typo() {
 	tell stop "$(timeout 60 cat $FILE);$(native);$(failed | grep -x uffdguard.service)"
 	tell stop-decides "$(as stranger /root/actor syscall) $(as user /root/actor open:/dev/kvm syscall)"
 
-	# Nobody decides any more.
+	# No program is left that decides.
 	rm -r /sys/fs/bpf/uffdguard
 	systemctl start uffdguard
 	status=$?; idle

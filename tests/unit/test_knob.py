@@ -180,7 +180,7 @@ def test_the_watch_closes_nothing_where_all_are_let_pass(monkeypatch: pytest.Mon
     watch.look(SILENT)
     assert watch.knobs == []
     (line,) = watch.logged
-    assert line.startswith("the policy does not refuse any more, and the native knob stays as it is, for the policy")
+    assert line.startswith("the policy does not refuse any more, and the native knob stays as it is, because")
     watch.look()
     assert watch.logged[1:] == ["the policy refuses again, and the native knob is 1"]
 

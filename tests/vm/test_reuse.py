@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 from inside import ACTOR, USER, actor, kernel_memory, load, preemptible
 
-from uffdguard import state
+from uffdguard import guard, state
+from uffdguard.policy import Policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,7 +71,7 @@ def test_opens_without_end_take_no_kernel_memory(steps: int) -> None:
 class TestSkipped:
     """The kernel skips a tracing program where it has preempted it on the same CPU: made likely by slow ones."""
 
-    def test_a_skipped_grant_is_lost_until_the_next_open(
+    def test_a_skipped_grant_is_lost_until_the_next_open_and_named_until_a_start_has_seen_it(
         self, variant: Callable[..., None], in_force: Callable[..., None]
     ) -> None:
         variant(
@@ -81,8 +82,13 @@ class TestSkipped:
         in_force("kvm")
         with preemptible():
             lost = until_there(lambda: sum(at_once("until-allowed:20")))
+        status = state.status()
         # forget is skipped too, now and then.
-        assert lost + state.status().grants <= state.status().skipped
+        assert lost + status.grants <= status.skipped
+        assert status.failing == ["hooks-not-skipped"]
+        assert status.problems[0].startswith("the kernel skipped a program of the policy ")
+        assert guard.start(Policy(), None).changed
+        assert (state.status().failing, state.status().skipped >= lost) == ([], True)
 
     def test_what_a_skipped_forget_leaves_behind_grants_nobody(
         self, variant: Callable[..., None], in_force: Callable[..., None]

@@ -299,7 +299,7 @@ def test_a_start_that_was_killed_at_its_end_leaves_audit_and_enforcement_as_they
         assert guard.stop()
 
 
-def test_hooks_that_were_skipped_and_grants_that_were_lost_are_named_until_a_start_has_seen_them(
+def test_grants_that_were_lost_are_named_until_a_start_has_seen_them(
     in_force: Callable[..., None],
 ) -> None:
     in_force("kvm")

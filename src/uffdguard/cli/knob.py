@@ -45,7 +45,7 @@ def mount() -> None:
 
 @command.command("unmount")
 def unmount() -> None:
-    """Have the native file seen again, whoever served its cover."""
+    """Uncover the native file, whichever process served its cover."""
     from uffdguard.kernel import native
 
     native.need_root("uncovers a file of /proc")

@@ -125,7 +125,7 @@ def cover(fuse: int) -> None:
 
     :raises OSError: with the kernel's errno.
     """
-    # Who may write is for the kernel to decide, by the file's mode; all may look.
+    # The kernel decides by the file's mode whether a process may write; every process may read.
     options = f"fd={fuse},rootmode=100644,user_id=0,group_id=0,allow_other,default_permissions"
     flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
     if _libc().mount(b"uffdguard", bytes(FILE), COVER.encode(), flags, options.encode()):
@@ -137,7 +137,7 @@ def cover(fuse: int) -> None:
 def cover_device() -> str | None:
     """Return the device number, as "0:53", of the file of ours that covers the native one, or None where none does.
 
-    Does not ask its server, who may be dead or stopped.
+    Does not ask its server, which may be dead or stopped.
     """
     # In the names that others gave, the kernel escapes only newline, blank, tab and backslash.
     rows = (line.split(b" ") for line in MOUNTS.read_bytes().split(b"\n")[:-1])
@@ -170,7 +170,7 @@ def is_deserted() -> bool:
 
 
 def uncover() -> None:
-    """Have the native file seen again, and no procfs besides /proc; do nothing where it is so.
+    """Uncover the native file and remove the procfs besides /proc; do nothing where neither is there.
 
     :raises OSError: with the kernel's errno.
     """
@@ -392,7 +392,7 @@ def drop_capabilities() -> None:
     """
     pr_set_no_new_privs, pr_set_securebits, pr_set_dumpable = 38, 28, 4
     noroot_locked = 3  # SECBIT_NOROOT and its lock, capabilities(7)
-    # May fail for who has no CAP_SETPCAP: then there is nothing to give back either.
+    # Fails for a process without CAP_SETPCAP, which has no capabilities to get back either.
     _libc().prctl(pr_set_securebits, noroot_locked, 0, 0, 0)
     _libc().prctl(pr_set_no_new_privs, 1, 0, 0, 0)
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
