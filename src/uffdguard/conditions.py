@@ -58,6 +58,8 @@ class Facts(NamedTuple):
     lost_seen: int = 0
     #: Whether the interface file is covered by a server that is gone.
     interface_dead: bool = False
+    #: Whether a procfs besides /proc is mounted, as is needed only while the interface file covers the native one.
+    procfs_left: bool = False
 
     @property
     def preempts(self) -> bool:
@@ -157,6 +159,11 @@ def _grants_not_lost(facts: Facts) -> Iterator[str]:
 def _interface_answers(facts: Facts) -> Iterator[str]:
     if facts.interface_dead:
         yield "the interface file does not answer: its server has died"
+
+
+def _procfs_needed(facts: Facts) -> Iterator[str]:
+    if facts.procfs_left:
+        yield "a procfs of ours is visible though the native file is not covered"
 
 
 def _times(number: int) -> str:
@@ -276,6 +283,14 @@ CONDITIONS = (
         "The interface file does not answer: its server has died",
         "systemctl restart uffdguard-knob, or uffdguard knob, serves it again",
         _interface_answers,
+    ),
+    Condition(
+        "procfs-needed",
+        "warning",
+        "UffdguardProcfsLeft",
+        "A procfs is left over from the interface file, so that sandboxes may mount one where they otherwise may not",
+        "uffdguard start or stop removes it",
+        _procfs_needed,
     ),
 )
 BY_NAME = {condition.name: condition for condition in CONDITIONS}

@@ -32,8 +32,8 @@ COMPLETION = Path("/usr/local/share/bash-completion/completions/uffdguard")
 PACKAGED = "/usr/bin/uffdguard"
 
 ENABLED = ("uffdguard.service", "uffdguard-knob.service", "uffdguard-log.service")
-#: The last is started by a failure of the first.
-NAMES = (*ENABLED, "uffdguard-fallback.service")
+#: The last two are started by a failure of the first, and by the end of the second.
+NAMES = (*ENABLED, "uffdguard-fallback.service", "uffdguard-uncover.service")
 
 #: The steps of install and uninstall.
 STEPS = Steps(

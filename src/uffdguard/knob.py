@@ -42,6 +42,7 @@ STEPS = Steps(
         "bind the socket",
         "give the descriptor away",
         "keep the connection",
+        "show a procfs",
         "cover the native file",
         "claim the file",
         "watch",
@@ -161,10 +162,12 @@ def _cover(connection: int) -> None:
     """
     if not native.in_initial("pid"):
         raise Failure("not in the initial pid namespace", "run it on the host itself")
-    step("cover the native file")
     # Or a start may take what is half done for what a kill has left.
     with locked():
         native.uncover()
+        step("show a procfs")
+        native.show_procfs()
+        step("cover the native file")
         native.cover(connection)
 
 

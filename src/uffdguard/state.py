@@ -340,6 +340,7 @@ def status() -> Status:
         due = knob_of(policy) if policy else None
         interface: Interface = ("served" if server() else "dead") if native.is_covered() else "native"
         facts = Facts(policy=policy, damage=tuple(found.problems) if left else (), interface_dead=interface == "dead")
+        facts = facts._replace(procfs_left=interface == "native" and native.shows_procfs())
         if policy:
             if counts is None or kept is None:
                 other = "the counts are those of another version of uffdguard"

@@ -10,6 +10,7 @@ FILE=/proc/sys/vm/unprivileged_userfaultfd
 CONFIGURATION=/etc/uffdguard.toml
 SYSCTL=/etc/sysctl.d/50-test.conf
 PYTHON=/usr/bin/python3
+DROP_INS=/run/systemd/system/uffdguard-knob.service.d
 
 tell() { printf '%s=%s\n' "$1" "$(tr '\n' ';' <<<"$2" | sed 's/;*$//')" >/dev/ttyS1; }
 as() { local user=$1; shift; runuser -u "$user" -- "$@"; }
@@ -192,7 +193,7 @@ on() {
 	until [ "$(readlink /proc/$other/ns/mnt)" != "$(readlink /proc/self/ns/mnt)" ]; do sleep 0.1; done
 	copied=()
 
-	kill -9 "$(systemctl show -p MainPID --value uffdguard-knob)"
+	crash
 	served
 	tell killed "$(cat $FILE);$(units)"
 	copied+=("$(in_other)")
@@ -220,12 +221,41 @@ on() {
 	served
 	tell started "$(cat $FILE);$(units)"
 
+	# Stopped while it is about to be started anew.
+	mkdir -p $DROP_INS
+	printf '[Service]\nRestartSec=1h\n' >$DROP_INS/test.conf
+	systemctl daemon-reload
+	crash
+	until [ "$(systemctl show -P SubState uffdguard-knob)" = auto-restart ]; do sleep 0.1; done
+	systemctl stop uffdguard-knob
+	idle
+	tell crashed-stopped "$(timeout 60 cat $FILE);$(ls -d /run/uffdguard.proc);$(units)"
+	rm -r $DROP_INS
+	systemctl daemon-reload
+
+	# One that cannot begin, as after a broken upgrade; somebody asks meanwhile.
+	systemctl start uffdguard-knob
+	served
+	mv $PYTHON $PYTHON.away
+	crash
+	timeout 60 cat $FILE >&2
+	tell waited "$?"
+	for _ in $(seq 300); do systemctl -q is-failed uffdguard-knob && break; sleep 0.2; done
+	idle
+	tell given-up "$(timeout 60 cat $FILE);$(ls -d /run/uffdguard.proc);$(units)"
+	mv $PYTHON.away $PYTHON
+	systemctl reset-failed uffdguard-knob
+	systemctl start uffdguard-knob
+	served
+	tell begun-again "$(cat $FILE);$(units);$(failed)"
+
 	dpkg --purge uffdguard >&2
 	tell removed "$?;$(cat $FILE);$(find / -xdev -name '*uffdguard*' -not -path '/root/*' -not -path '/var/log/*' \
 		-not -path '/proc/*' -not -path '/sys/*')"
 	tell pins "$(ls -A /sys/fs/bpf; ls -A /run/uffdguard)"
 }
 
+crash() { kill -9 "$(systemctl show -P MainPID uffdguard-knob)"; }
 in_other() { timeout 60 nsenter -m -t "$other" cat $FILE 2>&1; }
 
 container() {

@@ -323,6 +323,16 @@ def test_stop_and_start_do_what_one_expects(on: dict[str, str]) -> None:
     assert on["started"] == "[disabled] enabled kvm;active;active;active"
 
 
+def test_a_server_that_is_stopped_while_systemd_is_about_to_restart_it_leaves_no_dead_file(on: dict[str, str]) -> None:
+    assert on["crashed-stopped"] == "0;;active;inactive;active"
+
+
+def test_a_server_that_cannot_begin_any_more_lets_nobody_wait_for_ever(on: dict[str, str]) -> None:
+    assert on["waited"] == "1"
+    assert on["given-up"] == "0;;active;failed;active"
+    assert on["begun-again"] == "[disabled] enabled kvm;active;active;active"
+
+
 def test_a_removed_package_leaves_nothing(on: dict[str, str]) -> None:
     status, file, *left = on["removed"].split(";")
     assert (status, file, left) == ("0", "0", [])

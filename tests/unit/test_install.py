@@ -58,6 +58,7 @@ def test_everything_is_put_in_place_and_taken_away(root: Path) -> None:
         "etc/systemd/system/uffdguard-fallback.service",
         "etc/systemd/system/uffdguard-knob.service",
         "etc/systemd/system/uffdguard-log.service",
+        "etc/systemd/system/uffdguard-uncover.service",
         "etc/systemd/system/uffdguard.service",
         "usr/lib/uffdguard.toml",
         "usr/local/share/bash-completion/completions/uffdguard",
@@ -188,7 +189,7 @@ def test_a_kill_at_any_step_is_mended_by_install_and_by_uninstall(
             mended_by()
         if mended_by is again:
             assert config.load().policy == Policy(Mode.ENABLED)
-            assert len(written(root)) == 10
+            assert len(written(root)) == 11
             assert install.uninstall() == []
         assert written(root) == {}
         if not killed:
@@ -228,22 +229,41 @@ class TestFallback:
     """
 
     @pytest.fixture
-    def run(self, root: Path) -> Callable[[], subprocess.CompletedProcess[str]]:
-        """Return a function that runs it."""
-        unit = (install.shared() / "packaging/systemd/uffdguard-fallback.service").read_text()
-        (script,) = re.findall(r"^ExecStart=:/bin/sh -c '(.*?)'$", unit, re.MULTILINE | re.DOTALL)
-        script = script.replace("\\\n", " ").replace("/sys/fs/bpf", f"{root}/bpf").replace("/proc/sys", f"{root}/sys")
-        assert "/proc" not in script
-        assert "%" not in script  # which systemd takes for its own
-        for directory in ("bpf", "sys/kernel", "sys/vm", "bin"):
+    def run(self, root: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+        """Return a function that runs it, or the one that uncovers the native file."""
+        for directory in ("sys/kernel", "sys/vm", "bin"):
             (root / directory).mkdir(parents=True)
         umount = root / "bin/umount"
-        umount.write_text(f'#!/bin/sh\necho "$@" >{root}/unmounted\n')
+        umount.write_text(f'#!/bin/sh\necho "$@" >>{root}/unmounted\n')
         umount.chmod(0o755)
         (root / "sys/kernel/ftrace_enabled").write_text("1\n")
         (root / "sys/vm/unprivileged_userfaultfd").write_text("1\n")
+        (root / "mounts").write_text("uffdguard /proc/sys/vm/unprivileged_userfaultfd fuse.uffdguard rw 0 0\n")
+        (root / "hidden/proc").mkdir(parents=True)
         environment = os.environ | {"PATH": f"{root}/bin:{os.environ['PATH']}"}
-        return lambda: subprocess.run(["/bin/sh", "-c", script], env=environment, capture_output=True, text=True)
+
+        def run(name: str = "fallback") -> subprocess.CompletedProcess[str]:
+            unit = (install.shared() / f"packaging/systemd/uffdguard-{name}.service").read_text()
+            (script,) = re.findall(r"^ExecStart=:/bin/sh -c '(.*?)'$", unit, re.MULTILINE | re.DOTALL)
+            script = script.replace("\\\n", " ").replace("/sys/fs/bpf", f"{root}/bpf")
+            script = script.replace("/run/uffdguard.proc", f"{root}/hidden")
+            script = re.sub(r"/proc/(sys|mounts)", rf"{root}/\1", script)
+            assert not re.search(r"(?<!\w)/proc", script)
+            assert "%" not in script.replace("%%", "")  # which systemd takes for its own
+            words = ["/bin/sh", "-c", script.replace("%%", "%")]
+            return subprocess.run(words, env=environment, capture_output=True, text=True)
+
+        return run
+
+    @pytest.fixture
+    def pins(self, root: Path) -> Path:
+        """The directory of the pins, as a start has it."""
+        if os.geteuid():
+            pytest.skip("only root gives a directory away")
+        pins = root / "bpf/uffdguard"
+        pins.mkdir(parents=True)
+        native.make_own(pins)
+        return pins
 
     @pytest.fixture
     def knob(self, root: Path) -> Path:
@@ -258,14 +278,19 @@ class TestFallback:
         assert done.stdout.startswith("<3>uffdguard.service has failed and no policy is in force: ")
         assert "vm.unprivileged_userfaultfd is 0 now (before: 1), " in done.stdout
         assert done.stdout.endswith("correct what it names, and run systemctl restart uffdguard.service.\n")
-        assert (root / "unmounted").read_text() == "-a -l -t fuse.uffdguard\n"
+        assert (root / "unmounted").read_text() == f"-a -l -t fuse.uffdguard\n-l {root}/hidden {root}/hidden/proc\n"
+        assert not (root / "hidden").exists()
 
     @pytest.mark.parametrize("ftrace", ["1\n", None])
     def test_leaves_it_where_an_earlier_policy_is_in_force(
-        self, root: Path, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]], ftrace: str | None
+        self,
+        root: Path,
+        knob: Path,
+        pins: Path,
+        run: Callable[..., subprocess.CompletedProcess[str]],
+        ftrace: str | None,
     ) -> None:
-        (root / "bpf/uffdguard").mkdir()
-        (root / "bpf/uffdguard/decide").touch()
+        (pins / "decide").touch()
         if not ftrace:
             (root / "sys/kernel/ftrace_enabled").unlink()
         done = run()
@@ -274,29 +299,37 @@ class TestFallback:
         assert done.stdout.startswith("<4>uffdguard.service has failed. The policy that was in force before stays ")
         assert not (root / "unmounted").exists()
 
-    def test_takes_a_dead_interface_file_away_where_an_earlier_policy_is_in_force(
-        self, root: Path, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]]
+    @pytest.mark.parametrize(
+        ("owner", "mode", "left"), [(0, 0o700, "1\n"), (0, 0o755, "0\n"), (1000, 0o700, "0\n"), (1000, 0o777, "0\n")]
+    )
+    def test_goes_by_pins_of_root_only(
+        self,
+        knob: Path,
+        pins: Path,
+        run: Callable[[], subprocess.CompletedProcess[str]],
+        owner: int,
+        mode: int,
+        left: str,
     ) -> None:
-        (root / "bpf/uffdguard").mkdir()
-        (root / "bpf/uffdguard/decide").touch()
-        knob.unlink()
+        """As state.foreign_pins() does; one of root's that is closed is of an older version, or of a kill."""
+        (pins / "decide").touch()
+        os.chown(pins, owner, owner)
+        pins.chmod(mode)
         assert run().returncode == 0
-        assert (root / "unmounted").read_text() == "-a -l -t fuse.uffdguard\n"
+        assert knob.read_text() == left
 
     def test_closes_it_where_ftrace_is_off_and_a_pinned_policy_is_empty(
-        self, root: Path, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]]
+        self, root: Path, knob: Path, pins: Path, run: Callable[[], subprocess.CompletedProcess[str]]
     ) -> None:
-        (root / "bpf/uffdguard").mkdir()
-        (root / "bpf/uffdguard/decide").touch()
+        (pins / "decide").touch()
         (root / "sys/kernel/ftrace_enabled").write_text("0\n")
         assert run().returncode == 0
         assert knob.read_text() == "0\n"
 
     def test_closes_it_where_a_start_has_left_other_pins_only(
-        self, root: Path, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]]
+        self, knob: Path, pins: Path, run: Callable[[], subprocess.CompletedProcess[str]]
     ) -> None:
-        (root / "bpf/uffdguard").mkdir()
-        (root / "bpf/uffdguard/grants").touch()
+        (pins / "grants").touch()
         assert run().returncode == 0
         assert knob.read_text() == "0\n"
 
@@ -305,7 +338,7 @@ class TestFallback:
     ) -> None:
         """The kernel's part is played by sleep(1), as which a guard whose pin has gone lets the write pass."""
         guard = root / "bpf/uffdguard/guard_sysctl"
-        guard.parent.mkdir()
+        guard.parent.mkdir(parents=True)
         guard.touch()
         knob.rename(root / "freed")
         knob.mkdir()
@@ -330,3 +363,18 @@ class TestFallback:
         done = run()
         assert done.returncode == 1
         assert done.stdout.startswith("<2>uffdguard.service has failed, no policy is in force, and vm.unprivileged_")
+
+    def test_the_native_file_is_uncovered_where_nobody_serves_the_cover(
+        self, root: Path, knob: Path, run: Callable[[str], subprocess.CompletedProcess[str]]
+    ) -> None:
+        """The kernel's part is played by umount(8): it takes the line out of the table of mounts."""
+        done = run("uncover")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert not (root / "unmounted").exists()
+        knob.unlink()
+        with (root / "bin/umount").open("a") as script:
+            script.write(f": >{root}/mounts\n")
+        done = run("uncover")
+        assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+        assert (root / "unmounted").read_text() == f"-a -l -t fuse.uffdguard\n-l {root}/hidden {root}/hidden/proc\n"
+        assert not (root / "hidden").exists()

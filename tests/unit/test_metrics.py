@@ -101,6 +101,7 @@ uffdguard_condition{{condition="found-recorded"}} 1.0
 uffdguard_condition{{condition="hooks-not-skipped"}} 1.0
 uffdguard_condition{{condition="grants-not-lost"}} 1.0
 uffdguard_condition{{condition="interface-answers"}} 1.0
+uffdguard_condition{{condition="procfs-needed"}} 1.0
 # HELP uffdguard_user_mode_only Whether UFFD_USER_MODE_ONLY suffices to be allowed.
 # TYPE uffdguard_user_mode_only gauge
 uffdguard_user_mode_only 0.0

@@ -96,7 +96,8 @@ def nothing(pid: int) -> None:
 #: Each step of a server that its service manager does not mount: what makes it be taken once the file is served
 #: (None: it is taken before), and what status says of the kill.
 STEPS: dict[str, tuple[Callable[[int], None] | None, str | None]] = {
-    "cover the native file": (None, None),
+    "show a procfs": (None, None),
+    "cover the native file": (None, "a procfs of ours is visible though the native file is not covered"),
     "claim the file": (None, None),
     "watch": (nothing, None),
     "switch to the mode that is set": (

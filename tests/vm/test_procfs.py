@@ -112,6 +112,11 @@ def test_stop_takes_it_away_after_a_kill(serving: int) -> None:
     assert guard.stop()
     assert (fresh(), mounts()) == (True, [])
     assert not native.VISIBLE_PROC.parent.exists()
+    # And after a kill before anything was covered.
+    native.show_procfs()
+    assert state.status().problems == ["a procfs of ours is visible though the native file is not covered"]
+    assert guard.stop()
+    assert (state.status().problems, mounts()) == ([], [])
 
 
 def test_a_first_start_removes_the_procfs_of_an_older_version(in_force: Callable[..., None]) -> None:

@@ -121,12 +121,13 @@ def unmount(where: Path) -> None:
 def cover(fuse: int) -> None:
     """Mount on the native knob's file the regular file that is served by a descriptor of /dev/fuse, mount(2).
 
+    There is a procfs already that :func:`show_procfs` has mounted.
+
     :raises OSError: with the kernel's errno.
     """
     # The kernel decides by the file's mode whether a process may write; every process may read.
     options = f"fd={fuse},rootmode=100644,user_id=0,group_id=0,allow_other,default_permissions"
     flags = MS_NOSUID | MS_NODEV | MS_NOEXEC
-    _show_procfs()
     if _libc().mount(b"uffdguard", bytes(FILE), COVER.encode(), flags, options.encode()):
         error = _error(FILE)
         _remove_procfs()
@@ -178,7 +179,7 @@ def uncover() -> None:
     _remove_procfs()
 
 
-def _show_procfs() -> None:
+def show_procfs() -> None:
     """Mount the least procfs that lets others be mounted in user namespaces while the native file is covered.
 
     One without anything but processes suffices up to some kernel between 6.12 and 7.3; which kernel is not asked but
@@ -195,6 +196,11 @@ def _show_procfs() -> None:
         unmount(VISIBLE_PROC)
         mount("proc", VISIBLE_PROC)
     mount("tmpfs", hidden, "size=4k,mode=0", MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RDONLY)
+
+
+def shows_procfs() -> bool:
+    """Tell whether a procfs of ours is mounted besides /proc."""
+    return b" %b " % bytes(VISIBLE_PROC) in MOUNTS.read_bytes()
 
 
 def _remove_procfs() -> None:
