@@ -96,7 +96,7 @@ typo() {
 
 	systemctl restart uffdguard
 	status=$?; idle
-	tell restart "$status;$(native);$(units);$(failed)"
+	tell restart "$status;$(timeout 60 cat $FILE);$(native);$(units);$(failed)"
 	tell restart-fallback "$(fallback | tail -n +3)"
 	tell restart-decides "$(as stranger /root/actor syscall) $(as user /root/actor open:/dev/kvm syscall)"
 
@@ -106,10 +106,10 @@ typo() {
 	mv $PYTHON $PYTHON.away
 	systemctl stop uffdguard
 	idle
-	tell stop "$(native);$(failed | grep -x uffdguard.service)"
+	tell stop "$(timeout 60 cat $FILE);$(native);$(failed | grep -x uffdguard.service)"
 	tell stop-decides "$(as stranger /root/actor syscall) $(as user /root/actor open:/dev/kvm syscall)"
 
-	# Nobody decides any more, and perhaps a file that no server answers covers the knob.
+	# Nobody decides any more.
 	rm -r /sys/fs/bpf/uffdguard
 	systemctl start uffdguard
 	status=$?; idle
@@ -186,29 +186,36 @@ on() {
 	echo nonsense >$FILE
 	tell wrong-word "$?;$(journalctl -b -o cat -u uffdguard-knob | grep -c 'refused to write')"
 
-	# A copy of the file in another mount namespace, as a container or a service may have one.
-	unshare -m sleep infinity &
-	copy=/proc/$!/root$FILE
-	until [ "$(readlink /proc/$!/ns/mnt)" != "$(readlink /proc/self/ns/mnt)" ]; do sleep 0.1; done
+	# As a container has the file that began before.
+	unshare -m --propagation private sleep infinity &
+	other=$!
+	until [ "$(readlink /proc/$other/ns/mnt)" != "$(readlink /proc/self/ns/mnt)" ]; do sleep 0.1; done
+	copied=()
 
 	kill -9 "$(systemctl show -p MainPID --value uffdguard-knob)"
-	tell killed "$(timeout 60 cat $FILE);$(units);$(timeout 60 cat $copy)"
+	served
+	tell killed "$(cat $FILE);$(units)"
+	copied+=("$(in_other)")
 	systemctl restart uffdguard-knob
-	tell knob-restarted "$(timeout 60 cat $FILE);$(units);$(timeout 60 cat $copy)"
+	copied+=("$(in_other)")
 
 	echo enabled >$FILE
 	systemctl reload uffdguard
 	tell reloaded "$(cat $FILE)"
+	copied+=("$(in_other)")
 	systemctl restart uffdguard
 	served
-	tell restarted "$(cat $FILE);$(units);$(timeout 60 cat $copy)"
+	tell restarted "$(cat $FILE);$(units)"
+	copied+=("$(in_other)")
 	echo kvm >$FILE
 
 	upgrade
-	tell after-upgrade "$(cat $FILE);$(units);$(dpkg-query -W -f '${Version}' uffdguard);$(timeout 60 cat $copy)"
+	tell after-upgrade "$(cat $FILE);$(units);$(dpkg-query -W -f '${Version}' uffdguard)"
+	copied+=("$(in_other)")
+	tell copied "$(printf '%s\n' "${copied[@]}")"
 
 	systemctl stop uffdguard
-	tell stopped "$(cat $FILE);$(units);$(timeout 60 cat $copy 2>&1 | sed 's/.*: //')"
+	tell stopped "$(cat $FILE);$(units)"
 	systemctl start uffdguard
 	served
 	tell started "$(cat $FILE);$(units)"
@@ -218,6 +225,8 @@ on() {
 		-not -path '/proc/*' -not -path '/sys/*')"
 	tell pins "$(ls -A /sys/fs/bpf; ls -A /run/uffdguard)"
 }
+
+in_other() { timeout 60 nsenter -m -t "$other" cat $FILE 2>&1; }
 
 container() {
 	cd /tmp || return

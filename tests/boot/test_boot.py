@@ -6,6 +6,7 @@ Each boot is one phase of ``guest.sh``, which tells what it sees; the tests look
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 import shutil
 import subprocess
@@ -81,7 +82,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def base() -> Path:
     """Return a fresh Debian below the user's cache; make it when it is not there."""
-    root = kernels.cache() / "roots" / SUITE
+    root = kernels.cache() / "roots" / f"{SUITE}-{hashlib.sha256(repr(PACKAGES).encode()).hexdigest()[:8]}"
     if not root.exists():
         partial = root.with_name("partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -206,7 +207,7 @@ def test_a_reload_that_fails_leaves_the_policy_and_the_knob(typo: dict[str, str]
 
 
 def test_a_restart_that_fails_leaves_the_policy_and_the_knob_and_says_so(typo: dict[str, str]) -> None:
-    assert typo["restart"] == "1;1;failed;inactive;inactive;uffdguard.service"
+    assert typo["restart"] == "1;1;1;failed;inactive;inactive;uffdguard.service"
     assert typo["restart-decides"] == "EPERM allowed;allowed"
     assert typo["restart-fallback"].startswith(
         "uffdguard.service has failed. The policy that was in force before stays in force, and the native knob as it is"
@@ -214,11 +215,11 @@ def test_a_restart_that_fails_leaves_the_policy_and_the_knob_and_says_so(typo: d
 
 
 def test_so_does_a_stop_that_fails(typo: dict[str, str]) -> None:
-    assert typo["stop"] == "1;uffdguard.service"
+    assert typo["stop"] == "1;1;uffdguard.service"
     assert typo["stop-decides"] == "EPERM allowed;allowed"
 
 
-def test_a_dead_interface_file_does_not_hide_the_knob_from_a_start_that_fails(typo: dict[str, str]) -> None:
+def test_where_the_pins_are_gone_a_start_that_fails_closes_the_knob(typo: dict[str, str]) -> None:
     assert typo["gone"] == "1;0"
 
 
@@ -293,12 +294,7 @@ def test_a_wrong_word_is_refused_and_logged(on: dict[str, str]) -> None:
 
 
 def test_a_killed_knob_comes_back(on: dict[str, str]) -> None:
-    assert on["killed"].split(";")[0] == KVM
-    assert on["killed"].split(";")[-1] == KVM
-
-
-def test_a_restart_of_the_knob_leaves_the_mount_and_its_copies(on: dict[str, str]) -> None:
-    assert on["knob-restarted"] == f"{KVM};active;active;active;{KVM}"
+    assert on["killed"] == f"{KVM};active;active;active"
 
 
 def test_a_reload_keeps_the_mode_that_is_set(on: dict[str, str]) -> None:
@@ -306,18 +302,24 @@ def test_a_reload_keeps_the_mode_that_is_set(on: dict[str, str]) -> None:
 
 
 def test_a_restart_keeps_the_mode_that_is_set(on: dict[str, str]) -> None:
-    assert on["restarted"] == "disabled [enabled] kvm;active;active;active;disabled [enabled] kvm"
+    assert on["restarted"] == "disabled [enabled] kvm;active;active;active"
+
+
+def test_a_copy_of_the_file_in_another_mount_namespace_reads_on(on: dict[str, str]) -> None:
+    """After a kill and a restart of its server, a reload, a restart and an upgrade."""
+    enabled = "disabled [enabled] kvm"
+    assert on["copied"].split(";") == [KVM, KVM, enabled, enabled, KVM]
 
 
 def test_an_upgrade_has_no_gap_and_keeps_mode_and_grants(on: dict[str, str]) -> None:
-    assert on["after-upgrade"] == f"{KVM};active;active;active;9.0;{KVM}"
+    assert on["after-upgrade"] == f"{KVM};active;active;active;9.0"
     assert on["upgrade-refused"] == "EPERM"
     assert on["upgrade-granted"] == "allowed"
     assert all(int(number) > 5 for number in on["upgrade-asked"].split())
 
 
 def test_stop_and_start_do_what_one_expects(on: dict[str, str]) -> None:
-    assert on["stopped"] == "0;inactive;inactive;inactive;Transport endpoint is not connected"
+    assert on["stopped"] == "0;inactive;inactive;inactive"
     assert on["started"] == "[disabled] enabled kvm;active;active;active"
 
 

@@ -274,6 +274,15 @@ class TestFallback:
         assert done.stdout.startswith("<4>uffdguard.service has failed. The policy that was in force before stays ")
         assert not (root / "unmounted").exists()
 
+    def test_takes_a_dead_interface_file_away_where_an_earlier_policy_is_in_force(
+        self, root: Path, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]]
+    ) -> None:
+        (root / "bpf/uffdguard").mkdir()
+        (root / "bpf/uffdguard/decide").touch()
+        knob.unlink()
+        assert run().returncode == 0
+        assert (root / "unmounted").read_text() == "-a -l -t fuse.uffdguard\n"
+
     def test_closes_it_where_ftrace_is_off_and_a_pinned_policy_is_empty(
         self, root: Path, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]]
     ) -> None:

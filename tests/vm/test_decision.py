@@ -44,6 +44,7 @@ def number_of_keys(grants: int) -> int:
     return number
 
 
+@pytest.mark.kept
 class TestDisabled:
     @pytest.fixture(autouse=True)
     def mode(self, in_force: Callable[..., None]) -> None:
@@ -69,6 +70,7 @@ class TestEnabled:
         assert allowed(actor(KVM, *ALL))
 
 
+@pytest.mark.kept
 class TestKvm:
     @pytest.fixture(autouse=True)
     def mode(self, in_force: Callable[..., None]) -> None:

@@ -13,7 +13,7 @@ from collections import Counter
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from inside import ACTOR, USER, actor, force_knob, forked, journald, kernel_memory, uffdguard, until, waiting_actor
@@ -103,6 +103,7 @@ class TestAnEvent:
         )
         assert event.executable == ACTOR.name  # it has ended
 
+    @pytest.mark.kept
     @pytest.mark.parametrize(
         ("step", "way", "flags"),
         [
@@ -627,18 +628,14 @@ class TestLog:
 
 def test_refused_sysctls_and_silence_are_told_by_watch_log_and_report(in_force: Callable[..., None]) -> None:
     in_force("disabled")
-    with (
-        journald(),
-        subprocess.Popen([*UFFDGUARD, "log"]) as log,
-        subprocess.Popen([*UFFDGUARD, "watch", "--json", "--since-boot"], stdout=subprocess.PIPE, text=True) as watch,
-    ):
-        assert watch.stdout
+    with journald(), background("log"), background("watch", "--json", "--since-boot") as told:
+        assert "decisions" in told()
         actor("device")
-        for path, text in ((features.FTRACE_ENABLED, "0\n"), (native.FILE, "1\n"), (native.FILE, "x\n")):
-            with pytest.raises(PermissionError):
-                path.write_text(text)
+        for path, text in ((features.FTRACE_ENABLED, b"0\n"), (native.FILE, b"1\n"), (native.FILE, b"x\n")):
+            with path.open("wb", buffering=0) as file, pytest.raises(PermissionError):
+                file.write(text)
         actor("device", user=OTHER)
-        _, first, ftrace, knob, other, last = (json.loads(watch.stdout.readline()) for _ in range(6))
+        first, ftrace, knob, other, last = (told() for _ in range(5))
         assert (first["uid"], last["uid"], "sysctl" in first) == (USER, OTHER, False)
         assert [(one["sysctl"], one["value"]) for one in (ftrace, knob, other)] == [
             ("kernel.ftrace_enabled", 0), ("vm.unprivileged_userfaultfd", 1), ("vm.unprivileged_userfaultfd", None),
@@ -649,7 +646,7 @@ def test_refused_sysctls_and_silence_are_told_by_watch_log_and_report(in_force: 
         for answers in (False, True):
             with state.pinned() as found:
                 proof.record(found.fds, answers=answers)
-            assert json.loads(watch.stdout.readline())["answers"] is answers
+            assert told()["answers"] is answers
             time.sleep(2 * INTERVAL)  # log looks no less often
         subprocess.run(["journalctl", "--sync"], check=True)
         found = json.loads(uffdguard("report", "--json").out)
@@ -659,31 +656,27 @@ def test_refused_sysctls_and_silence_are_told_by_watch_log_and_report(in_force: 
             ("vm.unprivileged_userfaultfd = 1", 1),
             ("vm.unprivileged_userfaultfd", 1),
         ]
-        watch.terminate()
-        log.terminate()
 
 
 def test_a_file_system_that_does_not_answer_holds_up_nobody(kvm: None) -> None:
     """An ordinary user asks from a program on it; then another user asks."""
     with (
         journald(),
-        subprocess.Popen([*UFFDGUARD, "log"]) as log,
-        subprocess.Popen([*UFFDGUARD, "watch", "--json"], stdout=subprocess.PIPE, text=True) as watch,
+        background("log"),
+        background("watch", "--json", "--since-boot") as told,
         silent.running(ACTOR, "wait", "syscall", KVM, "wait") as program,
     ):
         until(lambda: held(journal.WRITTEN))
-        assert watch.stdout
-        actor("syscall", user=OTHER)
-        json.loads(watch.stdout.readline())  # it has begun
+        assert "decisions" in told()
         program.fall_silent()
         program.go_on()
-        event = json.loads(watch.stdout.readline())
+        event = told()
         assert (event["pid"], event["uid"], event["executable"]) == (program.pid, USER, "/mnt/over/program")
         actor("device", user=OTHER)
-        assert json.loads(watch.stdout.readline())["uid"] == OTHER
+        assert told()["uid"] == OTHER
         until(lambda: written() == newest())
         subprocess.run(["journalctl", "--sync"], check=True)
-        assert json.loads(uffdguard("report", "--json").out)["asked"] == 3
+        assert json.loads(uffdguard("report", "--json").out)["asked"] == 2
         until(lambda: program.pid in {holder["pid"] for holder in json.loads(uffdguard("holders", "--json").out)})
         assert uffdguard("check", str(program.pid)).out.startswith("allowed (kvm)")
         assert uffdguard("status").status == 0
@@ -693,13 +686,23 @@ def test_a_file_system_that_does_not_answer_holds_up_nobody(kvm: None) -> None:
         until(lambda: program.awaited)
         os.kill(looker, signal.SIGKILL)
         until(lambda: Path(f"/proc/{looker}/stat").read_text().rpartition(")")[2].split()[0] == "D")
-        watch.terminate()
-        log.terminate()
     os.waitpid(looker, 0)
 
 
 def test_log_says_that_there_is_no_journal(kvm: None) -> None:
     assert uffdguard("log").err.startswith("uffdguard: the journal does not take entries: ")
+
+
+@contextlib.contextmanager
+def background(*arguments: str) -> Iterator[Callable[[], dict[str, Any]]]:
+    """Run one of our commands; give what waits for the next JSON object that it prints."""
+    with subprocess.Popen([*UFFDGUARD, *arguments], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        lines = iter(process.stdout)
+        try:
+            yield lambda: json.loads(next(lines))
+        finally:
+            process.kill()
 
 
 def written() -> int:

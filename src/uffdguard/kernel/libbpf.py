@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import functools
+import logging
 import mmap
 import os
 import sys
@@ -17,6 +18,7 @@ from ctypes import POINTER, byref, c_bool, c_char, c_char_p, c_int, c_size_t, c_
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from uffdguard.errors import Failure
+from uffdguard.steps import log
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -83,12 +85,13 @@ class _BtfType(ctypes.Structure):
 
 NAME = "libbpf.so.1"
 
-#: libbpf's own messages since the library was loaded, warnings only; the last ones explain a failure.
+#: libbpf's own messages since the library was loaded, warnings only; the last ones explain a failure. Kept where
+#: somebody debugs only: libbpf makes hundreds of others at each load, and to pass these over takes a third of its time.
 messages: list[str] = []
 
 
 def _collect(level: int, form: bytes, arguments: int) -> int:
-    if level == 0:  # before anything else: a load has hundreds of other messages
+    if level == 0:
         text = ctypes.create_string_buffer(1 << 16)
         ctypes.CDLL(None).vsnprintf(text, c_size_t(len(text)), form, c_void_p(arguments))
         messages.append(text.value.decode(errors="replace").rstrip())
@@ -159,7 +162,7 @@ def library() -> ctypes.CDLL:
     lib.btf__name_by_offset.restype = c_char_p
     lib.bpf_object__close.argtypes = lib.btf__free.argtypes = [c_void_p]
     lib.bpf_object__close.restype = lib.btf__free.restype = None
-    lib.libbpf_set_print(_PRINT)
+    lib.libbpf_set_print(_PRINT if log.isEnabledFor(logging.DEBUG) else None)
     return lib
 
 
