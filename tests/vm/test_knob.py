@@ -615,7 +615,7 @@ class TestSecondReferences:
     def test_a_policy_that_is_gone_all_the_same_closes_the_native_knob_within_a_second_or_two(
         self, in_force: Callable[..., None], monkeypatch: pytest.MonkeyPatch, log: Path
     ) -> None:
-        in_force("enabled")
+        in_force("kvm")
 
         def serve_without_references() -> None:
             monkeypatch.setattr(knob.Server, "hold", hold_maps_only)
