@@ -31,8 +31,6 @@ class Facts(NamedTuple):
     guard: Guard = "attached"
     #: kernel.ftrace_enabled; None where there is no such sysctl or it cannot be read.
     ftrace_enabled: int | None = None
-    #: net.core.bpf_jit_enable, likewise.
-    jit: int | None = None
     #: Whether the kernel skips a program on the LSM hook while another one runs on the same CPU; None: unknown.
     recursion_guard: bool | None = False
     #: How the kernel preempts; None: unknown.
@@ -50,8 +48,6 @@ class Facts(NamedTuple):
     native_counted: bool | None = None
     #: Whether the last start came to its end.
     start_complete: bool = True
-    #: The pid of the dead child of a trial that was killed; 0: none.
-    trial_left: int = 0
     #: Whether the value of the native knob before the first start is recorded.
     found_recorded: bool = True
     #: How often the kernel skipped a program, and how often it had when a start last took note.
@@ -116,12 +112,6 @@ def _preemption(facts: Facts) -> Iterator[str]:
         yield f"this kernel {how}, and skips a decision while another one is preempted on the same CPU"
 
 
-def _jit(facts: Facts) -> Iterator[str]:
-    # Measured on 6.1 and 7.3: a trampoline calls the interpreter then, and all works.
-    if facts.jit == 0 and facts.answers is False:
-        yield "net.core.bpf_jit_enable is 0: this kernel may not run the programs of the policy without its JIT"
-
-
 def _pins_complete(facts: Facts) -> Iterator[str]:
     yield from facts.damage
 
@@ -147,8 +137,6 @@ def _native_counted(facts: Facts) -> Iterator[str]:
 def _start_complete(facts: Facts) -> Iterator[str]:
     if not facts.start_complete:
         yield "the last start did not come to its end"
-    if facts.trial_left:
-        yield f"the last trial of the policy did not come to its end: pid {facts.trial_left} was its child"
 
 
 def _found_recorded(facts: Facts) -> Iterator[str]:
@@ -213,15 +201,6 @@ CONDITIONS = (
         "boot Linux 6.1.54, 6.2 or newer, or with preempt=voluntary where uname -v says PREEMPT_DYNAMIC",
         _preemption,
         row="preemption",
-    ),
-    Condition(
-        "jit",
-        "warning",
-        "UffdguardJitOff",
-        "net.core.bpf_jit_enable is 0, and the policy does not answer",
-        "remove it from sysctl.d, run sysctl -w net.core.bpf_jit_enable=1, then uffdguard start",
-        _jit,
-        row="JIT",
     ),
     Condition(
         "pins-complete",

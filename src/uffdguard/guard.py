@@ -39,6 +39,7 @@ from uffdguard.state import (
     pinned,
     read_policy,
     server,
+    status,
 )
 from uffdguard.steps import Steps, log, write
 
@@ -104,7 +105,13 @@ def start(
     :param events_per_second: how many events one user may cause.
     :raises Failure: it could not be done; what was done is undone.
     """
-    features.require()
+    try:
+        features.require()
+    except Failure:
+        # A policy that decides no more for that very reason, say: the native knob below it is closed.
+        if PINS.exists() and os.geteuid() == 0:
+            status()
+        raise
     _await_server()
     with locked(), contextlib.ExitStack() as held, contextlib.ExitStack() as undo:
         _mount(undo)
@@ -131,10 +138,10 @@ def start(
             write(FOUND, str(value))
         asker = held.enter_context(Asker())
         older: set[int] = set()
-        amiss = found.complete and (_is_armed(found) or _has_news(found))
-        if found.complete and _same_object() and _answers(found, asker, knob):
+        if _answers(found, current, asker, knob) and found.complete and _same_object():
             fds, due = found.fds, knob_of(wanted)
-            changed = amiss or current != wanted or knob.read() != due or found.counts_native is not (due == 0)
+            changed = current != wanted or knob.read() != due or found.counts_native is not (due == 0)
+            changed |= _has_news(found)
             if changed:
                 _change(fds, wanted, asker, knob, undo)
         else:
@@ -157,7 +164,8 @@ def _wanted_audit(configured: Policy, current: Policy | None, asked: bool | None
     with contextlib.suppress(OSError):
         if current and CONFIGURED.read_text() == _audit_word(configured):
             return current.audit
-    return configured.audit
+    # A start that was killed has not come to write it.
+    return current.audit if current and not CONFIGURED.exists() else configured.audit
 
 
 def _audit_word(configured: Policy) -> str:
@@ -170,28 +178,30 @@ def _write_once(path: Path, text: str) -> None:
         write(path, text)
 
 
-def _answers(found: Pinned, asker: Asker, knob: native.Knob) -> bool:
-    """Ask all that is in force; whatever does not answer is to be replaced.
+def _answers(found: Pinned, policy: Policy | None, asker: Asker, knob: native.Knob) -> bool:
+    """Ask what is in force, if anything is: the guard of sysctls first, so that nothing is switched off in between.
+
+    What does not answer is to be replaced; below a policy that does not, the native knob is closed meanwhile.
 
     :raises Silence: it could not be asked.
     """
+    if not found.has("decide"):
+        return False
+    guarded = True
     try:
-        _ask(found.fds, asker, knob)
+        if found.can_guard:
+            proof.ask_guard(found.fds["witness"], knob)
+    except (Failure, OSError) as error:
+        log.debug("%s", error)
+        guarded = False
+    try:
+        proof.see(found.fds, policy, asker, knob)
     except proof.Silence:
         raise
-    except Failure as error:
+    except (Failure, OSError) as error:  # OSError: another version's maps
         log.debug("%s", error)
         return False
-    return True
-
-
-def _ask(fds: dict[str, int], asker: Asker, knob: native.Knob) -> None:
-    """See the guard of sysctls and then the policy answer, so that nothing can be switched off in between."""
-    if "guard_sysctl" in fds:
-        step("ask the guard of sysctls")
-        proof.ask_guard(fds["witness"], knob)
-    step("ask strictly")
-    asker.ask(fds["witness"], Reason.DISABLED, strict=True)
+    return guarded
 
 
 def _has_news(found: Pinned) -> bool:
@@ -229,7 +239,7 @@ def _await_server() -> None:
     end = time.monotonic() + 5
     while time.monotonic() < end:
         with pinned() as found:
-            if found.pins == set(PARTS):
+            if found.complete:
                 return
         time.sleep(0.1)
 
@@ -298,7 +308,8 @@ def _replace(
     """
     first = not found.has("decide") and not LOADED.exists()
     keep = {"policy"} if found.has("decide") else set()
-    if found.has("guard_sysctl"):
+    if "enforcement" in found.fds:
+        # Whatever else is damaged: the guard that is attached goes by it.
         keep.add("enforcement")
     if not first and found.has("grant", "forget"):
         keep |= {"grants", "counts", "events", "watching"}
@@ -306,14 +317,14 @@ def _replace(
     try:
         obj = held.enter_context(libbpf.Object(features.OBJECT))
         layout.check(obj)
+        kept = set()
         for name in keep & found.fds.keys():
             # Another version may have another number of reasons to count.
             older = libbpf.info(found.fds[name], libbpf.MapInfo)
             if obj.map_size(layout.map_name(name)) == (older.value_size, older.max_entries):
                 obj.reuse(layout.map_name(name), found.fds[name])
-        if not libbpf.kernel_has_function("__ia32_sys_userfaultfd"):
-            # It is loaded all the same, so that there is one way only, and never attached.
-            obj.aim("native32", "__x64_sys_userfaultfd")
+                kept.add(name)
+        features.aim(obj)
         if not can_guard:
             obj.leave_out("guard_sysctl")
         step("load")
@@ -326,7 +337,7 @@ def _replace(
     if wanted.audit and not found.has("decide"):
         # What is attached below would refuse until the policy is set; the strict question is not asked of this.
         libbpf.write(fds["policy"], layout.Word.of(wanted))
-    if "enforcement" not in keep:
+    if "enforcement" not in kept:
         libbpf.store(fds["enforcement"], layout.Enforcement, "knob", knob.read())
     try:
         for name in LINKS:
@@ -343,6 +354,10 @@ def _replace(
             held.callback(os.close, fds[name])
     except OSError as error:
         raise Failure(f"cannot attach the policy: {error}", "see uffdguard doctor") from error
+    if can_guard:
+        # Before the policy, so that nothing is switched off in between.
+        step("ask the guard of sysctls")
+        proof.ask_guard(fds["witness"], knob)
     _change(fds, wanted, asker, knob, undo, pin_over=found)
     return fds
 
@@ -386,7 +401,8 @@ def _change(
     """
     expected = decide(wanted, asker.REQUEST)
     try:
-        _ask(fds, asker, knob)
+        step("ask strictly")
+        asker.ask(fds["witness"], Reason.DISABLED, strict=True)
         value, due = knob.read(), knob_of(wanted)
         before = libbpf.read(fds["policy"], layout.Word)
         if due < value:
@@ -475,6 +491,7 @@ def set_mode(mode: Mode) -> Policy:
                 raise not_in_force()
             raise Failure(f"the policy is damaged: {', '.join(found.problems)}", "run uffdguard start")
         with Asker() as asker, native.Knob() as knob:
+            proof.see(found.fds, found.policy(), asker, knob)
             return switch(found.fds, mode, asker, knob)
 
 
@@ -569,11 +586,6 @@ def _close_knob() -> None:
                 raise
         (PINS / "guard_sysctl").unlink(missing_ok=True)
         time.sleep(0.02)
-
-
-def _is_armed(found: Pinned) -> bool:
-    """Tell whether a trial was killed before it had let its witness go; who gets its pid would be taken for it."""
-    return bool(libbpf.read(found.fds["witness"], layout.Witness).tgid)
 
 
 def _object_hash() -> str:

@@ -458,8 +458,7 @@ class Server:
     def note(self, answers: bool) -> None:
         """Remember whether the policy has answered, and leave that for others."""
         self.answers = answers
-        with contextlib.suppress(OSError):
-            proof.record(self.held, answers=answers)
+        proof.record(self.held, answers=answers)
 
     def current(self) -> Policy:
         """Return the policy that is set.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import threading
@@ -20,6 +21,11 @@ if TYPE_CHECKING:
 PATIENCE = 60.0
 #: Seconds between two looks at who has the lock.
 INTERVAL = 1.0
+#: Seconds between two tries where no thread can wait.
+PAUSE = 0.05
+
+#: The thread that waits for the lock. Nothing ends it before it has the lock, so that no second one is made.
+_waiter: threading.Thread | None = None
 
 
 @contextlib.contextmanager
@@ -66,21 +72,23 @@ def _flock(fd: int, wait: bool) -> None:
     """Lock FD, flock(2).
 
     The call has no limit of time. Where it blocks, a thread waits in it: one that polls would come to its turn late.
+
+    :raises BlockingIOError: another one has the lock, and WAIT is not wanted.
+    :raises Failure: another one has it, and does not come to an end.
     """
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    if _has(fd):
         return
-    except BlockingIOError:
-        if not wait:
-            raise
-    # It is left behind where we give up: once it has the lock, that ends with the descriptor, which we close.
-    waiter = threading.Thread(target=fcntl.flock, args=(fd, fcntl.LOCK_EX), daemon=True)
-    waiter.start()
+    if not wait:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    waiter = _begin_to_wait(fd)
     seen, since = None, time.monotonic()
     while True:
-        waiter.join(INTERVAL)
-        if not waiter.is_alive():
-            break
+        if waiter and waiter.is_alive():
+            waiter.join(INTERVAL)
+        else:
+            time.sleep(PAUSE)
+        if not (waiter and waiter.is_alive()) and _has(fd):
+            return
         holder = _holder(fd)
         if holder != seen:
             seen, since = holder, time.monotonic()
@@ -89,7 +97,32 @@ def _flock(fd: int, wait: bool) -> None:
                 f"another process ({_name(holder)}) is changing the policy and does not come to an end",
                 "see what keeps it, or end it, and try again",
             )
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # changes nothing, or says why the thread could not
+
+
+def _has(fd: int) -> bool:
+    """Tell whether FD has the lock, which it takes where that is free."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _begin_to_wait(fd: int) -> threading.Thread | None:
+    """Return a thread that ends when FD has the lock; None where one waits already, or where there can be none.
+
+    A caller that gives up leaves it behind. The lock that it then gets ends at once, because the descriptor is closed.
+    """
+    global _waiter
+    if _waiter and _waiter.is_alive():
+        return None
+    waiter = threading.Thread(target=fcntl.flock, args=(fd, fcntl.LOCK_EX), daemon=True)
+    try:
+        waiter.start()
+    except RuntimeError:  # no thread can be had, for example over TasksMax=
+        return None
+    _waiter = waiter
+    return waiter
 
 
 def _holder(fd: int) -> int | None:

@@ -16,6 +16,7 @@ import time
 from uffdguard.errors import Failure
 from uffdguard.kernel import layout, libbpf, native, probe
 from uffdguard.policy import Mode, Policy, Reason, Request
+from uffdguard.steps import log
 
 
 class Silence(Failure):
@@ -113,11 +114,17 @@ class Asker:
         :param audit: see a refusal let pass.
         :raises Failure: the policy does not answer as it must.
         """
-        for member, value in (("tgid", 0), ("strict", strict), ("decisions", 0), ("tgid", self.pid)):
-            libbpf.store(witness, layout.Witness, member, value)
-        answer = self._answer(b"s" if by_syscall else b"d")
-        seen = libbpf.read(witness, layout.Witness)
+        # Whoever gets the pid of a child that was killed is not to be taken for it for long.
+        until = int(time.clock_gettime(time.CLOCK_BOOTTIME) + self.PATIENCE) + 1
+        armed = {"strict": strict, "decisions": 0, "until": until, "tgid": self.pid}
         libbpf.store(witness, layout.Witness, "tgid", 0)
+        for member, value in armed.items():
+            libbpf.store(witness, layout.Witness, member, value)
+        try:
+            answer = self._answer(b"s" if by_syscall else b"d")
+            seen = libbpf.read(witness, layout.Witness)
+        finally:
+            libbpf.store(witness, layout.Witness, "tgid", 0)
         if seen.decisions != 1 and answer:
             # A seccomp filter, another security module or a lack of memory may have come first.
             raise Silence(
@@ -147,6 +154,27 @@ def silence_hint() -> str:
     if features.ftrace_enabled() == 0:
         return "kernel.ftrace_enabled is 0, and then no BPF trampoline runs: set it to 1 and take it out of sysctl.d"
     return "is bpf among the LSMs of this kernel? see uffdguard doctor"
+
+
+def see(fds: dict[str, int], policy: Policy | None, asker: Asker, knob: native.Knob) -> None:
+    """See what is in force refuse; where it does not, close the native knob and leave a note. For whoever has the lock.
+
+    :param fds: descriptors of the maps in force, by name.
+    :param policy: what is set, if that can be read.
+    :raises Silence: it could not be asked.
+    :raises Failure: it does not refuse.
+    :raises OSError: the maps are those of another version.
+    """
+    try:
+        asker.ask(fds["witness"], Reason.DISABLED, strict=True)
+    except Silence:
+        raise
+    except Failure as error:
+        log.debug("close the native knob")
+        closed = close_net(fds, policy, knob)
+        record(fds, answers=False)
+        raise Failure(f"{error.what}{'; the native knob is closed' if closed else ''}", error.hint) from error
+    record(fds, answers=True)
 
 
 def ask_guard(witness: int, knob: native.Knob) -> None:
@@ -181,14 +209,12 @@ def set_knob(fds: dict[str, int], value: int, knob: native.Knob) -> None:
 
 
 def record(fds: dict[str, int], *, answers: bool) -> None:
-    """Leave a note for all who look that the policy was seen to answer, or not to.
-
-    :raises OSError: the note cannot be written.
-    """
-    since = libbpf.read(fds["enforcement"], layout.Enforcement).unanswered_since
-    if answers == bool(since):
-        now = 0 if answers else time.clock_gettime_ns(time.CLOCK_BOOTTIME)
-        libbpf.store(fds["enforcement"], layout.Enforcement, "unanswered_since", now)
+    """Leave a note for all who look whether the policy was seen to answer, where there is a place for it."""
+    with contextlib.suppress(OSError, KeyError):
+        since = libbpf.read(fds["enforcement"], layout.Enforcement).unanswered_since
+        if answers == bool(since):
+            now = 0 if answers else time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+            libbpf.store(fds["enforcement"], layout.Enforcement, "unanswered_since", now)
 
 
 def close_net(fds: dict[str, int], policy: Policy | None, knob: native.Knob) -> bool:

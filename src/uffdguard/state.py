@@ -20,7 +20,6 @@ from uffdguard.conditions import Facts, Guard, failing
 from uffdguard.errors import Failure
 from uffdguard.kernel import layout, libbpf, native
 from uffdguard.policy import Mode, Policy, Reason
-from uffdguard.steps import log
 
 PINS = native.BPFFS / "uffdguard"
 #: The native knob as it was found at the first start: written once, removed by stop.
@@ -283,45 +282,50 @@ class Doubts(NamedTuple):
 
 
 def ask(found: Pinned, policy: Policy | None) -> Doubts:
-    """Ask the policy and the guard of sysctls that are pinned.
+    """Ask the policy and the guard of sysctls that are pinned; for whoever has the lock.
 
     Where the policy does not answer, the native knob is closed if that protects: :func:`uffdguard.proof.close_net`.
     """
     from uffdguard import proof
-    from uffdguard.lock import locked
 
     if not native.in_initial("pid"):
         return Doubts("it cannot be asked from another pid namespace")
     guard: Guard = "attached"
     try:
-        with locked(), proof.Asker() as asker, native.Knob() as knob:
+        with proof.Asker() as asker, native.Knob() as knob:
             try:
                 proof.ask_guard(found.fds["witness"], knob)
             except Failure:
                 guard = "missing"
             try:
-                asker.ask(found.fds["witness"], Reason.DISABLED, strict=True)
+                proof.see(found.fds, policy, asker, knob)
             except proof.Silence:
                 raise
             except Failure as error:
-                log.debug("close the native knob")
-                proof.record(found.fds, answers=False)
-                closed = proof.close_net(found.fds, policy, knob)
-                return Doubts(f"{error.what}{'; the native knob is closed' if closed else ''}", False, guard)
-            proof.record(found.fds, answers=True)
-    except (Failure, OSError, KeyError) as error:
+                return Doubts(error.what, False, guard)
+    except (Failure, OSError) as error:
         return Doubts(f"it could not be asked: {error}", None, guard)
     return Doubts(None, True, guard)
 
 
 def status() -> Status:
-    """Find out how things stand; ask the policy. Changes nothing but the native knob below one that does not answer."""
+    """Find out how things stand, and ask the policy; below one that does not answer the native knob may be closed."""
+    from uffdguard.lock import locked
+
     native.need_root("can see the state of the policy")
-    with pinned() as found:
+    with contextlib.ExitStack() as stack:
+        doubts = None
+        if PINS.exists():
+            # Before the pins are opened: whoever stops the policy waits until nobody has it open any more.
+            try:
+                stack.enter_context(locked())
+            except (Failure, OSError) as error:
+                doubts = Doubts(f"it could not be asked: {error}")
+        found = stack.enter_context(pinned())
         policy = found.policy() if found.has("decide") else None
-        # Before it is asked, which is a trial of its own.
-        trial = _trial(found)
-        doubts = ask(found, policy) if policy else Doubts("it is not pinned" if found.pins else None)
+        if not policy:
+            doubts = Doubts("it is not pinned" if found.pins else None)
+        doubts = doubts or ask(found, policy)
         counts = kept = None
         with contextlib.suppress(OSError, KeyError):
             counts = libbpf.read(found.fds["counts"], layout.Counts).total()
@@ -343,7 +347,6 @@ def status() -> Status:
                 answers=doubts.answers,
                 reason=doubts.policy,
                 guard=doubts.guard if found.can_guard else "unsupported",
-                trial_left=trial,
                 knob=knob,
                 due=due,
                 knob_problem=unread,
@@ -391,25 +394,10 @@ def _with_machine(facts: Facts) -> Facts:
     """Add what is known of the machine to FACTS."""
     from uffdguard.kernel import features
 
-    facts = facts._replace(ftrace_enabled=features.ftrace_enabled(), jit=features.jit_enabled())
+    facts = facts._replace(ftrace_enabled=features.ftrace_enabled())
     facts = facts._replace(preemption=features.preemption(), recursion_guard=False)
     # To look into the kernel's BTF takes 10 ms.
     return facts._replace(recursion_guard=features.recursion_guard()) if facts.preempts else facts
-
-
-def _trial(found: Pinned) -> int:
-    """Return the pid of the child of a trial that was killed, or 0; that of one that goes on is there."""
-    with contextlib.suppress(OSError, KeyError):
-        pid = int(libbpf.read(found.fds["witness"], layout.Witness).tgid)
-        return 0 if pid and _runs(pid) else pid
-    return 0
-
-
-def _runs(pid: int) -> bool:
-    """Tell whether a process is there and has not ended: one that is yet to be waited for has no executable."""
-    with contextlib.suppress(OSError):
-        return bool((native.PROC / str(pid) / "exe").readlink())
-    return False
 
 
 def _local_time(since_boot: int) -> str:

@@ -31,7 +31,7 @@ def test_doctor_ends_with_the_one_remedy() -> None:
     outcome = uffdguard("doctor")
     assert (outcome.status, outcome.err) == (1, "")
     *_, row, remedy, answer = outcome.out.splitlines()
-    assert row.startswith("program seed ")
+    assert row.startswith("program ")
     assert remedy == "kernel: boot Linux 6.1 or newer"
     assert answer.startswith("this machine cannot enforce the policy: ")
     rows = {row["name"]: row for row in json.loads(uffdguard("doctor", "--json").out)["rows"]}

@@ -51,11 +51,6 @@ WRONG: tuple[tuple[str, Facts, str], ...] = (
     ("native-counted", Facts(due=1, native_counted=True), "a counter is left over"),
     ("start-complete", Facts(start_complete=False), "the last start did not come to its end"),
     (
-        "start-complete",
-        Facts(trial_left=7),
-        "the last trial of the policy did not come to its end: pid 7 was its child",
-    ),
-    (
         "found-recorded",
         Facts(found_recorded=False),
         "the native knob as it was found is not recorded: stop will leave the native knob at 0",
@@ -72,12 +67,10 @@ WRONG: tuple[tuple[str, Facts, str], ...] = (
 #: Facts by which nothing fails.
 RIGHT = (
     Facts(),
-    Facts(policy=Policy(Mode.KVM), answers=True, ftrace_enabled=1, jit=1, knob=1, due=1, native_counted=False),
+    Facts(policy=Policy(Mode.KVM), answers=True, ftrace_enabled=1, knob=1, due=1, native_counted=False),
     Facts(
         policy=Policy(), answers=True, knob=0, due=0, native_counted=True, skipped=2, skips_seen=2, lost=1, lost_seen=1
     ),
-    # The kernel interprets programs then, and they answer.
-    Facts(answers=True, jit=0),
     # What has no recursion guard may preempt, and what does not preempt may have it.
     Facts(recursion_guard=False, preemption="full"),
     Facts(recursion_guard=None),
@@ -99,11 +92,6 @@ def test_nothing_fails_where_nothing_is_amiss(facts: Facts) -> None:
     assert failing(facts) == []
 
 
-def test_the_jit_is_named_only_beside_a_policy_that_does_not_answer() -> None:
-    found = failing(Facts(answers=False, jit=0))
-    assert [condition.name for condition, _ in found] == ["policy-answers", "jit"]
-
-
 @pytest.mark.parametrize("model", ["lazy", "full", "rt", None])
 def test_what_preempts_or_cannot_be_told_does_not_go_with_the_recursion_guard(model: str | None) -> None:
     facts = Facts(recursion_guard=True, preemption=model)  # type: ignore[arg-type]
@@ -117,7 +105,7 @@ def test_several_things_are_listed_in_the_order_of_the_table() -> None:
 
 
 def test_each_condition_is_tried_above_and_names_are_unique() -> None:
-    assert {name for name, _, _ in WRONG} | {"jit"} == set(BY_NAME)
+    assert {name for name, _, _ in WRONG} == set(BY_NAME)
     assert len(BY_NAME) == len(CONDITIONS) == len({condition.alert for condition in CONDITIONS})
     for condition in CONDITIONS:
         assert re.fullmatch(r"[a-z]+(-[a-z]+)*", condition.name)

@@ -41,8 +41,23 @@ def test_it_has_a_row_for_each_thing_and_what_to_do_about_what_is_missing(
     assert {"kernel", "hook", "LSM list", "BTF", "lockdown", "privileges", "bpffs", "libbpf", "KVM", "sysctl"} <= set(
         rows
     )
-    assert {"namespaces", "program decide", "program grant", "program forget", "program seed"} <= set(rows)
+    assert {"namespaces", "program decide"} <= set(rows)
     assert {condition.row for condition in CONDITIONS if condition.row} | {"configuration"} <= set(rows)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_each_program_that_start_loads_has_a_row(monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+    monkeypatch.setattr(features, "has_sysctl_guard", lambda: there)
+    with libbpf.Object(features.OBJECT) as obj:
+        names = {f"program {name}" for name in obj.programs() if there or name != "guard_sysctl"}
+    assert {row.name for row in features.program_rows()} == names
+
+
+def test_where_the_object_is_missing_one_row_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(features, "OBJECT", tmp_path / "guard.bpf.o")
+    (row,) = features.program_rows()
+    assert (row.name, row.state) == ("program decide", "missing")
+    assert "reinstall" in row.hint
 
 
 OK, WARNING = Row("a", "ok", ""), Row("b", "warning", "", "x")

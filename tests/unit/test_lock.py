@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -70,6 +71,39 @@ def test_a_holder_that_does_not_come_to_an_end_is_named(run: Path, monkeypatch: 
     with lock.locked():
         pass
     assert not run.exists()
+
+
+def test_who_gives_up_again_and_again_leaves_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a server that may have eight tasks ends with the seventh."""
+    monkeypatch.setattr(lock, "INTERVAL", 0.01)
+    monkeypatch.setattr(lock, "PATIENCE", 0.02)
+    before = threading.active_count()
+    pid = holder(600)
+    for _ in range(10):
+        with pytest.raises(Failure, match=f"pid {pid}"), lock.locked():
+            pass
+    assert threading.active_count() <= before + 1
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    with lock.locked():
+        pass
+
+
+def test_where_no_thread_can_be_had_it_is_tried_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    pid = holder(0.2)
+    with lock.locked():
+        pass
+    os.waitpid(pid, 0)
+    monkeypatch.setattr(lock, "PATIENCE", 0.1)
+    pid = holder(600)
+    with pytest.raises(Failure, match=f"pid {pid}"), lock.locked():
+        pass
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 def test_a_holder_that_leaves_it_to_another_process_is_named(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

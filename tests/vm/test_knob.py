@@ -537,7 +537,7 @@ def test_the_watch_closes_the_native_knob_where_that_protects_and_comes_back_by_
         began = time.monotonic()
         until(lambda number=number: log.read_text().count("does not refuse any more") == number)  # type: ignore[misc]
         print(f"{mode}{' in audit' * audit}: seen after {time.monotonic() - began:.1f} s")
-        assert time.monotonic() - began < 5  # a second, on a machine that is emulated
+        assert time.monotonic() - began < 20  # a second, on a machine that is emulated and busy
         assert native.read_knob() == (0 if closed else 1)
         assert f"[{mode}]" in FILE.read_text()
         silence(False)
@@ -628,7 +628,7 @@ class TestSecondReferences:
             (state.PINS / part).unlink()
         began = time.monotonic()
         until(lambda: native.read_knob() == 0)
-        assert time.monotonic() - began < 5  # a second, on a machine that is emulated
+        assert time.monotonic() - began < 20  # a second, on a machine that is emulated and busy
         assert "the policy does not refuse any more" in log.read_text()
         os.kill(pid, signal.SIGTERM)
         assert os.waitpid(pid, 0)[1] == 0

@@ -84,6 +84,23 @@ def test_while_the_file_is_served_a_procfs_is_there_that_nobody_reaches(serving:
     assert not native.VISIBLE_PROC.parent.exists()
 
 
+def test_without_user_namespaces_it_is_the_least_one(in_force: Callable[..., None]) -> None:
+    """Though nobody can try there whether it suffices: the limit may be raised later."""
+    limit = Path("/proc/sys/user/max_user_namespaces")
+    before = limit.read_text()
+    in_force("kvm")
+    limit.write_text("0\n")
+    try:
+        pid = forked(knob.run)
+        until(lambda: "[kvm]" in native.FILE.read_text())
+        assert native.MOUNTS.read_text().count("proc rw,subset=pid\n") == 1
+        os.kill(pid, signal.SIGTERM)
+        os.waitpid(pid, 0)
+    finally:
+        limit.write_text(before)
+    assert mounts() == []
+
+
 def test_stop_takes_it_away_after_a_kill(serving: int) -> None:
     server = state.server()
     assert server

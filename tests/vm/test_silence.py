@@ -6,11 +6,13 @@ import contextlib
 import errno
 import json
 import os
+import signal
 import subprocess
+import time
 from typing import TYPE_CHECKING
 
 import pytest
-from inside import actor, force_knob, uffdguard
+from inside import Killer, actor, force_knob, forked, uffdguard, watched
 
 from uffdguard import config, guard, state
 from uffdguard.kernel import features, layout, libbpf, native
@@ -130,7 +132,11 @@ class TestTheGuardOfSysctls:
         outcome = uffdguard("status")
         assert "guard of sysctls  impossible: this kernel has no cgroup v2 for BPF" in outcome.out
         assert json.loads(uffdguard("status", "--json").out)["guard"] == "unsupported"
+        # A server of the interface file holds all that there can be: start waits for no more.
+        monkeypatch.setattr(guard, "server", os.getpid)
+        began = time.monotonic()
         assert guard.start(Policy(), None).changed is False
+        assert time.monotonic() - began < 4
 
 
 def test_a_start_names_tracing_that_is_off(ftrace_off: None) -> None:
@@ -143,27 +149,35 @@ def test_a_start_names_tracing_that_is_off(ftrace_off: None) -> None:
 
 
 class TestAPolicyThatDoesNotAnswer:
-    @pytest.mark.parametrize(("mode", "audit", "closed"), [("kvm", False, 1), ("disabled", False, 1)])
+    @pytest.mark.parametrize("mode", ["kvm", "disabled"])
     def test_is_not_in_force_and_the_native_knob_is_closed(
-        self, in_force: Callable[..., None], silence: Callable[[bool], None], mode: str, audit: bool, closed: int
+        self, in_force: Callable[..., None], silence: Callable[[bool], None], mode: str
     ) -> None:
-        in_force(mode, audit=audit)
+        in_force(mode)
         silence(True)
         outcome = uffdguard("status", "--json")
         found = json.loads(outcome.out)
         assert (outcome.status, found["in_force"], found["native_knob"]) == (1, False, 0)
+        assert found["failing"][0] == "policy-answers"
         assert "the policy does not answer" in found["reason"]
         assert "uffdguard_in_force 0.0" in uffdguard("metrics").out
         assert actor("syscall") == ["EPERM"]
-        # A start with nothing to change asks, too, and does not say that all is well.
-        outcome = uffdguard("start")
-        assert outcome.status == 1
-        assert "does not answer" in outcome.err
-        assert native.read_knob() == 0
         silence(False)
         assert uffdguard("start").status == 0
         assert state.status().problems == []
         assert native.read_knob() == Mode(mode).native_value
+
+    @pytest.mark.parametrize("command", [("start",), ("start", "--mode", "enabled"), ("mode", "enabled")], ids=" ".join)
+    def test_is_seen_by_a_command_that_changes_something_and_the_native_knob_is_closed(
+        self, in_force: Callable[..., None], silence: Callable[[bool], None], command: tuple[str, ...]
+    ) -> None:
+        in_force("kvm")
+        silence(True)
+        outcome = uffdguard(*command)
+        assert (outcome.status, outcome.out) == (1, "")
+        assert "the policy does not answer" in outcome.err
+        assert native.read_knob() == 0
+        assert state.current_policy().mode is Mode.KVM
 
     @pytest.mark.parametrize(("mode", "audit"), [("enabled", False), ("kvm", True)])
     def test_leaves_the_native_knob_where_the_setting_lets_everybody_pass(
@@ -235,6 +249,47 @@ def test_an_upgrade_leaves_the_programs_that_grant_attached(
     same = {name for name in before if before[name] == after[name]}
     assert same == {"grant", "forget"}
     assert actor(KVM, "syscall", "fork", "syscall") == ["allowed", "allowed", "EPERM"]
+
+
+def test_an_upgrade_that_was_killed_half_way_does_not_keep_the_next_start_from_any_mode(
+    in_force: Callable[..., None],
+) -> None:
+    for mode in ("disabled", "enabled"):
+        in_force("kvm")
+        state.LOADED.write_text("another object")
+
+        def doomed() -> None:
+            with watched(Killer("pin decide")):
+                guard.start(Policy(), None)
+
+        assert os.waitstatus_to_exitcode(os.waitpid(forked(doomed), 0)[1]) == -signal.SIGKILL
+        in_force(mode)
+        assert native.read_knob() == Mode(mode).native_value
+        assert state.status().problems == []
+
+
+def test_the_mode_can_be_switched_without_the_guard_of_sysctls(in_force: Callable[..., None]) -> None:
+    in_force("kvm")
+    with part("guard_sysctl") as fd:
+        libbpf.library().bpf_link_detach(fd)
+    assert uffdguard("mode", "disabled").status == 0
+    assert native.read_knob() == 0
+    assert state.status().failing == ["guard-attached"]
+
+
+def test_a_start_that_was_killed_at_its_end_leaves_audit_and_enforcement_as_they_were_set(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(config, "ADMINISTRATOR", tmp_path / "uffdguard.toml")
+    for audit, option in ((False, "--audit"), (True, "--enforce")):
+        config.ADMINISTRATOR.write_text(f"enforce = {'false' if audit else 'true'}\n")
+        assert uffdguard("start", option).status == 0
+        # As after a kill before the last steps.
+        state.CONFIGURED.unlink()
+        state.LOADED.unlink()
+        assert uffdguard("start").status == 0
+        assert state.status().audit is not audit
+        assert guard.stop()
 
 
 def test_hooks_that_were_skipped_and_grants_that_were_lost_are_named_until_a_start_has_seen_them(

@@ -71,8 +71,18 @@ def require(*checks: Callable[[], Row]) -> None:
 
 
 def program_rows() -> Iterator[Row]:
-    """Yield a row for each program of ours: whether this kernel loads it. Nothing is attached."""
-    for program in ("decide", "grant", "forget", "seed", "administrators"):
+    """Yield a row for each program of the object that start loads: whether this kernel takes it. Attaches nothing."""
+    try:
+        with libbpf.Object(OBJECT) as obj:
+            programs = obj.programs()
+    except (Failure, OSError):
+        programs = ["decide"]  # whose row says why
+    for program in programs:
+        # The row "guard of sysctls" names the kernel that cannot have this one.
+        if program == "guard_sysctl":
+            with contextlib.suppress(Failure, OSError):
+                if not has_sysctl_guard():
+                    continue
         yield _program(program)
 
 
@@ -195,11 +205,6 @@ def ftrace_enabled() -> int | None:
     return _number(FTRACE_ENABLED)
 
 
-def jit_enabled() -> int | None:
-    """Return net.core.bpf_jit_enable, likewise."""
-    return _number(JIT_ENABLED)
-
-
 def _ftrace() -> Row:
     value = ftrace_enabled()
     if value is None and FTRACE_ENABLED.exists():
@@ -209,7 +214,7 @@ def _ftrace() -> Row:
 
 
 def _jit() -> Row:
-    value = jit_enabled()
+    value = _number(JIT_ENABLED)
     if value is None and JIT_ENABLED.exists():
         return Row("JIT", "cannot tell", f"cannot read {JIT_ENABLED}", "run it as root, on the host itself")
     if value == 0:
@@ -303,6 +308,15 @@ def _preemption() -> Row:
         return _row("preemption", "does not matter: LSM programs have no recursion guard", Facts())
     facts = Facts(recursion_guard=True, preemption=preemption())
     return _row("preemption", f"{facts.preemption}, as LSM programs with a recursion guard need it", facts)
+
+
+def aim(obj: libbpf.Object) -> None:
+    """Let a program for a function that this kernel has not be of one that it has: loaded all the same, never attached.
+
+    So there is one way only to load the object. Call it before the object is loaded.
+    """
+    if not libbpf.kernel_has_function("__ia32_sys_userfaultfd"):
+        obj.aim("native32", "__x64_sys_userfaultfd")
 
 
 def has_sysctl_guard() -> bool:
@@ -455,6 +469,7 @@ def _program(program: str) -> Row:
     try:
         with libbpf.Object(OBJECT) as obj:
             obj.only(program)
+            aim(obj)
             obj.load()
     except Failure as error:
         return Row(name, "missing", error.what, error.hint)

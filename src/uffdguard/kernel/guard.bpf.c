@@ -86,6 +86,8 @@ struct witness {
 	__u32 decisions;
 	enum reason reason; /* of the last of them */
 	__u32 questions; /* that guard_sysctl() has refused */
+	__u32 until; /* s since boot: then the trial was killed, and its pid may be another's */
+	__u32 unused;
 } __attribute__((aligned(8)));
 
 volatile struct witness witness SEC(".data.witness") = {};
@@ -414,13 +416,16 @@ static __noinline int tell(enum reason reason, __u32 policy, int enforced)
  */
 static __noinline __u32 attend(struct task_struct *task, __u32 now)
 {
-	__u32 until = witness.all_until;
+	__u32 time = bpf_ktime_get_boot_ns() / 1000000000, until = witness.all_until;
+	int tgid = witness.tgid;
 
-	if (task->tgid == witness.tgid)
+	/* What nobody waits for any more is taken away: let all calls that follow go without this. */
+	if (tgid && time >= witness.until)
+		__sync_val_compare_and_swap(&witness.tgid, tgid, 0);
+	else if (task->tgid == tgid)
 		return SPECIAL | WITNESS | (witness.strict ? STRICT : now);
-	if (bpf_ktime_get_boot_ns() / 1000000000 < until)
+	if (time < until)
 		return SPECIAL | now;
-	/* Nobody wants to see them any more: let all calls that follow go without this. */
 	__sync_val_compare_and_swap(&witness.all_until, until, 0);
 	return now;
 }

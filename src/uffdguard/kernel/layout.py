@@ -74,6 +74,8 @@ class Witness(ctypes.Structure):
         ("decisions", c_uint32),
         ("reason", c_uint32),
         ("questions", c_uint32),
+        ("until", c_uint32),  # s since boot
+        ("unused", c_uint32),
     )
 
 

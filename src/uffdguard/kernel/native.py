@@ -210,8 +210,9 @@ def _remove_procfs() -> None:
 def _admits_procfs() -> bool:
     """Try whether a process in new user and pid namespaces can mount a procfs where the native file is covered.
 
-    It is covered for the child alone, which has a mount namespace of its own. False too where there can be no user
-    namespace.
+    It is covered for the child alone, which has a mount namespace of its own. True too where a user namespace cannot be
+    made, for example with user.max_user_namespaces = 0: nobody is there to need more, and more would help an attacker
+    once the limit is raised.
     """
     ours, theirs = os.pipe()
     pid = os.fork()
@@ -221,7 +222,11 @@ def _admits_procfs() -> bool:
             for source, where, flags in ((None, b"/", MS_REC | MS_PRIVATE), (b"/dev/null", bytes(FILE), MS_BIND)):
                 if _libc().mount(source, where, None, flags, None):
                     raise _error()
-            _unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID)
+            try:
+                _unshare(CLONE_NEWUSER | CLONE_NEWNS | CLONE_NEWPID)
+            except OSError:
+                os.write(theirs, b"x")
+                os._exit(0)
             if os.fork() == 0:  # the first process in the pid namespace
                 mount("proc", PROC)
                 os.write(theirs, b"x")
