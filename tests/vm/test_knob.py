@@ -544,8 +544,7 @@ def test_the_watch_closes_the_native_knob_where_that_protects_and_comes_back_by_
         until(lambda number=number: log.read_text().count("refuses again") == number)  # type: ignore[misc]
         assert native.read_knob() == before
     assert "the native knob stays as it is, because this setting refuses nobody" in log.read_text()
-    assert log.read_text().count("
-") == 2 * len(settings), log.read_text()
+    assert log.read_text().count("\n") == 2 * len(settings), log.read_text()
     os.kill(pid, signal.SIGTERM)
     assert os.waitpid(pid, 0)[1] == 0
 
