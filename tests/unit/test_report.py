@@ -566,4 +566,5 @@ def test_a_million_entries_take_no_more_memory_than_a_few(journal_of: Journal) -
     tracemalloc.stop()
     assert found.asked == 4000
     assert kept[0] > 0
-    assert kept[1] - kept[0] < 10_000
+    # Less than an entry could be kept by; CPython's lists of free objects may hold 80 dictionaries.
+    assert kept[1] - kept[0] < 20 * 2000
