@@ -633,6 +633,7 @@ def test_refused_sysctls_and_silence_are_told_by_watch_log_and_report(
 ) -> None:
     in_force("disabled")
     with journald(), background("log"), background("watch", "--json", "--since-boot") as told:
+        until(lambda: held(journal.WRITTEN))
         assert "decisions" in told()
         actor("device")
         for path, text in ((features.FTRACE_ENABLED, b"0\n"), (native.FILE, b"1\n"), (native.FILE, b"x\n")):
