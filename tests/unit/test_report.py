@@ -566,4 +566,5 @@ def test_a_million_entries_take_no_more_memory_than_a_few(journal_of: Journal) -
     tracemalloc.stop()
     assert found.asked == 4000
     assert kept[0] > 0
-    assert kept[1] - kept[0] < 10_000
+    # The decoder of JSON keeps up to 30 KB of short strings; an object of each entry would be 100 KB.
+    assert kept[1] - kept[0] < 50_000
