@@ -244,6 +244,7 @@ def watched(killer: Killer) -> Iterator[list[str]]:
         yield killer.seen
     finally:
         log.removeHandler(killer)
+        log.setLevel(logging.NOTSET)
 
 
 def force_knob(value: int) -> None:
