@@ -65,10 +65,7 @@ def switch(mode: str) -> Callable[[], object]:
 
 
 FIRST_START = guard.STEPS[: guard.STEPS.index("record the object") + 1]
-CHANGE = (
-    *("ask the guard of sysctls", "ask strictly", "set the policy", "ask"),
-    *("set the native knob", "ask by system call", "count native refusals"),
-)
+CHANGE = ("ask strictly", "set the policy", "ask", "set the native knob", "ask by system call", "count native refusals")
 #: Programs that grant, and that are the same, stay attached.
 AT_FIRST = ("mount bpffs", "record the native knob", "seed", "attach grant", "attach forget")
 UPGRADE = tuple(s for s in FIRST_START if s not in AT_FIRST)
