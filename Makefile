@@ -95,7 +95,7 @@ demo: all
 
 # Two VMs at once, one for each core of a small machine, and what takes longest first.
 test: test-unit build/newer build/selftests bench-programs
-	@echo "$(SUITES) on the kernels $(KERNELS), what boots VMs, what counts instructions: 20 minutes or so"
+	@echo "$(SUITES) on the kernels $(KERNELS), what boots VMs, what counts instructions: half an hour or so"
 	@$(MAKE) --no-print-directory -j2 --output-sync=target $(KERNELS:%=test-vm-%) test-host test-cost
 
 test-unit: all
