@@ -270,12 +270,14 @@ container() {
 # A stranger asks all the time, and must never be allowed; one who is granted asks all the time, and must never be refused.
 upgrade() {
 	as stranger bash -c 'while [ ! -e /tmp/upgraded ]; do /root/actor syscall device; sleep 0.02; done' >/tmp/stranger &
+	local askers=$!
 	as user /root/actor open:/dev/kvm loop:/tmp/upgraded >/tmp/granted &
+	askers+=" $!"
 	asked
 	dpkg -i /root/uffdguard_2_amd64.deb >&2
 	asked
 	touch /tmp/upgraded
-	wait
+	wait $askers
 	tell upgrade-refused "$(sort -u /tmp/stranger)"
 	tell upgrade-granted "$(sort -u /tmp/granted)"
 	tell upgrade-asked "$(wc -l </tmp/stranger) $(grep -c . /tmp/granted)"
