@@ -33,7 +33,7 @@ class Abi(StrEnum):
     """How the kernel is entered."""
 
     NATIVE_64 = "64"
-    INT80 = "int80"
+    INT80 = "int80"  # on arm64: svc of a 32-bit program
     X32 = "x32"
 
     @property
@@ -51,22 +51,46 @@ class Abi(StrEnum):
 
 #: The numbers of the 64-bit and of the 32-bit system calls.
 NUMBERS = {
-    "capget": (125, 184),
-    "capset": (126, 185),
-    "close": (3, 6),
-    "dup": (32, 41),
-    "exit": (60, 1),
-    "exit_group": (231, 252),
-    "getpid": (39, 20),
-    "ioctl": (16, 54),
-    "open": (2, 5),
-    "openat": (257, 295),
-    "openat2": (437, 437),
-    "ptrace": (101, 26),
-    "setresuid": (117, 208),
-    "unshare": (272, 310),
-    "userfaultfd": (323, 374),
-}
+    "x86_64": {
+        "capget": (125, 184),
+        "capset": (126, 185),
+        "close": (3, 6),
+        "dup": (32, 41),
+        "exit": (60, 1),
+        "exit_group": (231, 252),
+        "getpid": (39, 20),
+        "ioctl": (16, 54),
+        "open": (2, 5),
+        "openat": (257, 295),
+        "openat2": (437, 437),
+        "ptrace": (101, 26),
+        "setresuid": (117, 208),
+        "unshare": (272, 310),
+        "userfaultfd": (323, 374),
+    },
+    "aarch64": {
+        "capget": (90, 184),
+        "capset": (91, 185),
+        "close": (57, 6),
+        "dup": (23, 41),
+        "exit": (93, 1),
+        "exit_group": (94, 248),
+        "getpid": (172, 20),
+        "ioctl": (29, 54),
+        "openat": (56, 322),
+        "openat2": (437, 437),
+        "ptrace": (117, 26),
+        "setresuid": (147, 208),
+        "unshare": (97, 337),
+        "userfaultfd": (282, 388),
+    },
+}[os.uname().machine]
+
+
+#: How a 64-bit program can enter the kernel.
+ABIS = tuple(Abi) if os.uname().machine == "x86_64" else (Abi.NATIVE_64,)
+
+AT_FDCWD = -100
 
 
 class Kind(IntEnum):
@@ -129,8 +153,6 @@ class How(StrEnum):
 class Mm:
     """An address space."""
 
-    granted: bool = False
-
 
 @dataclass(eq=False)
 class Process:
@@ -139,13 +161,34 @@ class Process:
     pid: int
     mm: Mm
     bits: int = 64
+    parent: Process | None = None
+    ended: bool = False
+    #: It or a relative below it has opened /dev/kvm, in this address space.
+    opened: bool = False
     kvm: dict[int, bool] = field(default_factory=dict)
     paths: dict[int, bool] = field(default_factory=dict)  # O_PATH of /dev/kvm
     devices: dict[str, tuple[int, bool]] = field(default_factory=dict)  # /dev/userfaultfd: "own", "passed"
 
     def inherit(self, pid: int, mm: Mm) -> Process:
         """Return a child with copies of the descriptors."""
-        return Process(pid, mm, self.bits, dict(self.kvm), dict(self.paths), dict(self.devices))
+        return Process(pid, mm, self.bits, self, kvm=dict(self.kvm), paths=dict(self.paths), devices=dict(self.devices))
+
+    def relatives(self) -> Iterator[Process]:
+        """Yield this process, and those above it that have the same address space, up to one that has ended."""
+        process: Process | None = self
+        while process and not process.ended and process.mm is self.mm:
+            yield process
+            process = process.parent
+
+    @property
+    def granted(self) -> bool:
+        """Whether this process, or one above it in the same address space, has opened /dev/kvm or is taken for that."""
+        return any(process.opened for process in self.relatives())
+
+    @granted.setter
+    def granted(self, value: bool) -> None:
+        for process in self.relatives():
+            process.opened = value
 
     def close_on_exec(self) -> None:
         """Forget the descriptors that exec has closed."""
@@ -195,6 +238,8 @@ class Subject:
     def call(self, name: str, *arguments: int | At, data: bytes = b"", abi: Abi | None = None) -> int:
         """Make a system call; return the result, an errno negative."""
         abi = abi or self.abi
+        if name not in NUMBERS:  # no open(2) on arm64
+            name, arguments = "openat", (AT_FDCWD, *arguments)
         registers = dict(zip(abi.arguments, arguments, strict=False)) | {"ax": abi.number(name)}
         result: int = self.enter(abi, registers, data).result
         return result
@@ -228,6 +273,7 @@ class Subject:
         self.send(Kind.EXEC, {}, data=b"/run/driver" if bits == 64 else b"/run/driver32")
         assert self.receive().result == 0
         self.process.mm = Mm()
+        self.process.opened = False
         self.process.bits = bits
         self.process.close_on_exec()
         self.tid = self.process.pid

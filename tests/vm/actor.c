@@ -20,11 +20,13 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/ptrace.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/timerfd.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #ifndef UFFD_USER_MODE_ONLY
@@ -37,6 +39,7 @@
 static int opened = -1; /* what the last open gave */
 static char **older_steps; /* what the older thread shall do */
 static pthread_barrier_t handover;
+static pid_t parent_of_orphan;
 
 static void run(char **steps);
 
@@ -62,7 +65,15 @@ static void answer_and_close(long fd)
 		close(fd);
 }
 
-/* A 64-bit system call whose other registers the caller chooses: rbx is where another ABI has its flags. */
+/*
+ * A 64-bit system call whose other registers the caller chooses: the last is one where another ABI has its flags. And
+ * the 32-bit system call of a 64-bit program, where there is such a thing; di and si are where the 64-bit ABI has its
+ * arguments.
+ */
+#ifdef __x86_64__
+#define USERFAULTFD32 374
+#define IOCTL32 54
+
 static long syscall64(long nr, long di, long si, long dx, long bx)
 {
 	long result;
@@ -71,7 +82,6 @@ static long syscall64(long nr, long di, long si, long dx, long bx)
 	return result;
 }
 
-/* The 32-bit system call of a 64-bit program; rdi and rsi are where the 64-bit ABI has its arguments. */
 static long syscall32(long nr, long bx, long cx, long dx, long di, long si)
 {
 	long result;
@@ -82,6 +92,25 @@ static long syscall32(long nr, long bx, long cx, long dx, long di, long si)
 		     : "r8", "r9", "r10", "r11", "memory");
 	return (int)result;
 }
+#else
+#define USERFAULTFD32 SYS_userfaultfd
+#define IOCTL32 SYS_ioctl
+
+static long syscall64(long nr, long first, long second, long third, long other)
+{
+	register long number asm("x8") = nr, x0 asm("x0") = first, x1 asm("x1") = second, x2 asm("x2") = third;
+	register long x3 asm("x3") = other;
+
+	asm volatile("svc 0" : "+r"(x0) : "r"(number), "r"(x1), "r"(x2), "r"(x3) : "memory");
+	return x0;
+}
+
+static long syscall32(long nr, long first, long second, long third, long other, long unused)
+{
+	(void)unused;
+	return syscall64(nr, first, second, third, other);
+}
+#endif
 
 static int device(void)
 {
@@ -242,6 +271,19 @@ static void until_allowed(long number)
 	dprintf(1, "%ld\n", lost);
 }
 
+/* So many that open /dev/kvm and end. */
+static void deaths(long number)
+{
+	int status;
+
+	for (; number > 0; number--) {
+		if (!fork())
+			_exit(open("/dev/kvm", O_RDWR) < 0);
+		if (wait(&status) < 0 || status)
+			fail("/dev/kvm");
+	}
+}
+
 /* Processes that open /dev/kvm and stay until we end. */
 static void crowd(long number)
 {
@@ -378,10 +420,57 @@ static void flood(long number, int device)
 	dprintf(1, "%ld\n", refused);
 }
 
+static void *new_stack(void)
+{
+	long size = 1 << 16;
+	char *stack = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (stack == MAP_FAILED)
+		fail("mmap");
+	return stack + size;
+}
+
+static int open_kvm(void *unused)
+{
+	(void)unused;
+	_exit(open("/dev/kvm", O_RDWR) < 0);
+}
+
+/* Be traced by a child that has opened /dev/kvm. */
+static void be_traced(void)
+{
+	int ready = eventfd(0, 0);
+	eventfd_t one;
+	pid_t parent = getpid(), pid = fork();
+
+	if (!pid) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		while (ptrace(PTRACE_SEIZE, parent, 0, 0) && errno == EPERM) /* Yama: until our parent says so */
+			usleep(1000);
+		if (open("/dev/kvm", O_RDWR) < 0 || eventfd_write(ready, 1))
+			_exit(1);
+		for (;;)
+			pause();
+	}
+	prctl(PR_SET_PTRACER, pid);
+	if (eventfd_read(ready, &one))
+		fail("be-traced");
+}
+
 static int rest_of(void *steps)
 {
 	run(steps);
 	_exit(0);
+}
+
+/* Once our parent has ended. */
+static int rest_of_orphan(void *steps)
+{
+	struct timespec nap = { 0, 1000000 };
+
+	while (getppid() == parent_of_orphan)
+		nanosleep(&nap, NULL);
+	return rest_of(steps);
 }
 
 static void *thread_of(void *steps)
@@ -399,7 +488,6 @@ static void *older_thread(void *unused)
 
 static void run(char **steps)
 {
-	static char stack[1 << 16] __attribute__((aligned(16)));
 	pthread_t thread;
 	char byte;
 	pid_t pid;
@@ -417,20 +505,24 @@ static void run(char **steps)
 		else if (IS("syscall-misleading")) /* the other places say user mode only */
 			answer_and_close(syscall64(SYS_userfaultfd, number, USERFAULTFD_IOC_NEW, 1, 1));
 		else if (IS("int80"))
-			answer_and_close(syscall32(374, number, 0, 0, 0, 0));
+			answer_and_close(syscall32(USERFAULTFD32, number, 0, 0, 0, 0));
 		else if (IS("int80-misleading"))
-			answer_and_close(syscall32(374, number, USERFAULTFD_IOC_NEW, 1, 1, USERFAULTFD_IOC_NEW));
+			answer_and_close(syscall32(USERFAULTFD32, number, USERFAULTFD_IOC_NEW, 1, 1, USERFAULTFD_IOC_NEW));
 		else if (IS("device"))
 			answer_and_close(syscall64(SYS_ioctl, device(), USERFAULTFD_IOC_NEW, number, 0));
 		else if (IS("device-misleading"))
 			answer_and_close(syscall64(SYS_ioctl, odd_device(), USERFAULTFD_IOC_NEW, number, 1));
 		else if (IS("device-int80"))
-			answer_and_close(syscall32(54, device(), USERFAULTFD_IOC_NEW, number, 0, 0));
+			answer_and_close(syscall32(IOCTL32, device(), USERFAULTFD_IOC_NEW, number, 0, 0));
 		else if (IS("device-int80-misleading"))
-			answer_and_close(syscall32(54, odd_device(), USERFAULTFD_IOC_NEW, number, 1, 1));
+			answer_and_close(syscall32(IOCTL32, odd_device(), USERFAULTFD_IOC_NEW, number, 1, 1));
 		else if (IS("flood")) /* by the device: it is no knob that refuses */
 			flood(number, device());
-		else if (IS("flood-syscall"))
+		else if (IS("flood-after-kvm")) { /* from the first that is allowed on */
+			while (close(open("/dev/kvm", O_RDWR)) || ioctl(device(), USERFAULTFD_IOC_NEW, 0) < 0)
+				;
+			flood(number, device());
+		} else if (IS("flood-syscall"))
 			flood(number, -1);
 		else if (IS("hold")) /* a userfaultfd */
 			answer(opened = syscall64(SYS_userfaultfd, number, 0, 0, 0));
@@ -458,6 +550,12 @@ static void run(char **steps)
 			generations(number);
 		else if (IS("churn"))
 			churn();
+		else if (IS("deaths"))
+			deaths(number);
+		else if (IS("child-opens")) /* in our address space, and ends */
+			await(clone(open_kvm, new_stack(), CLONE_VM | CLONE_VFORK | SIGCHLD, NULL));
+		else if (IS("be-traced"))
+			be_traced();
 		else if (IS("crowd"))
 			crowd(number);
 		else if (IS("until-allowed"))
@@ -485,9 +583,22 @@ static void run(char **steps)
 				rest_of(steps + 1);
 			return await(pid);
 		} else if (IS("vfork") || IS("clone-vm")) {
-			pid = clone(rest_of, stack + sizeof(stack), CLONE_VM | SIGCHLD | (IS("vfork") ? CLONE_VFORK : 0),
+			pid = clone(rest_of, new_stack(), CLONE_VM | SIGCHLD | (IS("vfork") ? CLONE_VFORK : 0),
 				    steps + 1);
 			return await(pid);
+		} else if (IS("orphan") || IS("orphan-vm")) { /* a child, when we have ended */
+			parent_of_orphan = getpid();
+			if (clone(rest_of_orphan, new_stack(), (IS("orphan-vm") ? CLONE_VM : 0) | SIGCHLD,
+				  steps + 1) < 0)
+				fail(step);
+			_exit(0);
+		} else if (IS("subreaper")) { /* a grandchild, which gets us for its parent when its own ends */
+			prctl(PR_SET_CHILD_SUBREAPER, 1);
+			if (!(pid = fork()))
+				rest_of(steps + 1);
+			while (wait(NULL) > 0)
+				;
+			_exit(0);
 		} else if (IS("thread")) {
 			pthread_create(&thread, NULL, thread_of, steps + 1);
 			pthread_join(thread, NULL);

@@ -55,7 +55,7 @@ def test_nothing_is_missing_here() -> None:
     native.DEV_KVM.chmod(0o660)
     status, able, rows = doctor()
     assert (status, able, {row["state"] for row in rows.values()}) == (0, True, {"ok"})
-    assert {f"program {name}" for name in ("decide", "grant", "forget", "seed")} < set(rows)
+    assert {f"program {name}" for name in ("decide", "grant", "granted", "seed")} < set(rows)
     assert {condition.row for condition in CONDITIONS if condition.row} | {"configuration"} < set(rows)
     native.DEV_KVM.chmod(0o666)
     outcome = uffdguard("doctor")

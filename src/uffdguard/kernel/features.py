@@ -14,13 +14,13 @@ from typing import Literal, NamedTuple, get_args
 
 from uffdguard.conditions import BY_NAME, Facts, Preemption
 from uffdguard.errors import Failure
-from uffdguard.kernel import libbpf, native
+from uffdguard.kernel import arch, libbpf, native
 
 OBJECT = Path(__file__).with_name("guard.bpf.o")
 SECURITYFS = Path("/sys/kernel/security")
 HOOK = "inode_init_security_anon"
-#: The oldest kernel that is tried; the hook is there since 5.12, /dev/userfaultfd since 6.1.
-OLDEST = (6, 1)
+#: The lines of docs/kernels.md. No decision hangs on them.
+TRIED = ("6.1", "6.12", "6.18", "7.0", "7.3")
 SEE_ABOVE = "see the rows above"
 MOUNT_SECURITYFS = f"mount -t securityfs securityfs {SECURITYFS}"
 CGROUP_ROOT_INODE = 1  # kernel/cgroup/cgroup.c: the root's kernfs id
@@ -72,7 +72,7 @@ def require(*checks: Callable[[], Row]) -> None:
 
 def program_rows() -> Iterator[Row]:
     """Yield a row for each program of ours: whether this kernel loads it. Nothing is attached."""
-    for program in ("decide", "grant", "forget", "seed", "administrators"):
+    for program in ("decide", "grant", "granted", "seed", "administrators"):
         yield _program(program)
 
 
@@ -111,18 +111,21 @@ def namespaces() -> Row:
 
 def _machine() -> Row:
     machine = os.uname().machine
-    if machine != "x86_64":
-        return Row("machine", "missing", machine, "only x86-64 gives each address space an id that is never used again")
+    if machine not in arch.ARCHITECTURES:
+        return Row("machine", "missing", machine, f"the programs know the registers of {arch.KNOWN} only")
     return Row("machine", "ok", machine)
 
 
 def kernel() -> Row:
-    """Tell whether this kernel is new enough."""
+    """Tell whether anybody has tried a kernel of this line: what it can do is what the other rows are about."""
     release = os.uname().release
-    version = tuple(int("".join(filter(str.isdigit, part)) or 0) for part in release.split(".")[:2])
-    if version < OLDEST:
-        oldest = "Linux {}.{}".format(*OLDEST)
-        return Row("kernel", "missing", f"{release} is older than {oldest}", f"boot {oldest} or newer")
+    if re.split(r"[^0-9.]", release)[0].split(".")[:2] not in [line.split(".") for line in TRIED]:
+        return Row(
+            "kernel",
+            "warning",
+            f"{release}: nobody has tried this line of kernels",
+            "start sees the policy refuse before it relies on it; please report what came of it",
+        )
     return Row("kernel", "ok", release)
 
 
@@ -146,13 +149,17 @@ def _btf() -> Row:
         return Row("BTF", "cannot tell", fact, "run it as root, on the host itself")
 
 
-def _hook() -> Row:
+def hook() -> Row:
+    """Tell whether this kernel has the hook that decides."""
     try:
         there = libbpf.kernel_has_function(f"bpf_lsm_{HOOK}")
     except (Failure, OSError) as error:
         return Row("hook", "cannot tell", str(error), SEE_ABOVE)
     if not there:
-        return Row("hook", "missing", f"no {HOOK} for BPF", "boot a kernel with CONFIG_BPF_LSM")
+        return Row("hook", "missing", f"no {HOOK} for BPF", "boot Linux 5.12 or newer, with CONFIG_BPF_LSM")
+    here = arch.ARCHITECTURES.get(os.uname().machine)
+    if here and here.attaches and not libbpf.kernel_has_function(here.attaches):
+        return Row("hook", "missing", "no program can be attached to functions", f"boot Linux {here.since} or newer")
     return Row("hook", "ok", HOOK)
 
 
@@ -305,6 +312,17 @@ def _preemption() -> Row:
     return _row("preemption", f"{facts.preemption}, as LSM programs with a recursion guard need it", facts)
 
 
+def aim(obj: libbpf.Object) -> None:
+    """Let the programs for the system call be of the functions that serve it on this architecture.
+
+    Where one function serves all, the second is of that one: loaded all the same, never attached. So there is one way
+    only to load the object. Call it before the object is loaded.
+    """
+    here = arch.current()
+    obj.aim("native", here.entry)
+    obj.aim("native32", here.entry32 if here.entry32 and libbpf.kernel_has_function(here.entry32) else here.entry)
+
+
 def has_sysctl_guard() -> bool:
     """Tell whether this kernel runs BPF programs that see sysctls being written, CONFIG_CGROUP_BPF."""
     return libbpf.kernel_has_function("__cgroup_bpf_run_filter_sysctl")
@@ -384,12 +402,8 @@ def _proc() -> Row:
 
 def _device_userfaultfd() -> Row:
     if not _is_device(native.DEV_USERFAULTFD):
-        return Row(
-            "userfaultfd device",
-            "missing",
-            f"{native.DEV_USERFAULTFD} is not there",
-            "start asks through it whether the policy answers; let udev or devtmpfs make it",
-        )
+        fact = f"{native.DEV_USERFAULTFD} is not there: start asks by CAP_SYS_PTRACE whether the policy answers"
+        return Row("userfaultfd device", "ok", fact)
     return Row("userfaultfd device", "ok", str(native.DEV_USERFAULTFD))
 
 
@@ -429,7 +443,7 @@ CHECKS: tuple[Callable[[], Row], ...] = (
     kernel,
     _libbpf,
     _btf,
-    _hook,
+    hook,
     _lsm,
     _lockdown,
     _ftrace,
@@ -477,5 +491,5 @@ def load_hint(error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return "the compiled program is missing: reinstall uffdguard, or run make in its source"
     if error.errno == errno.ENOMEM:
-        return "its maps take more than 4 MiB; see the memory limit of the control group that this runs in"
+        return "its maps take most of 1 MiB; see the memory limit of the control group that this runs in"
     return "--debug shows the kernel's own log"
