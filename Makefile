@@ -64,10 +64,10 @@ packages:
 	$(VENV)/python -m pip install -q $(call group,fuzz)
 	touch $@
 
-%.bpf.o: %.bpf.c src/uffdguard/kernel/structures.h hatch_build.py | packages
+%.bpf.o: %.bpf.c src/uffdguard/kernel/structures.h src/uffdguard/kernel/grants.h hatch_build.py | packages
 	$(PYTHON) hatch_build.py $< $@
 
-build/subjects.bpf.o: bench/subjects.bpf.c src/uffdguard/kernel/structures.h hatch_build.py | packages
+build/subjects.bpf.o: bench/subjects.bpf.c src/uffdguard/kernel/structures.h src/uffdguard/kernel/grants.h hatch_build.py | packages
 	@mkdir -p build
 	$(PYTHON) hatch_build.py $< $@
 
@@ -116,7 +116,7 @@ dashboard: all
 	$(LAB) $(KERNEL) -- $(VENV)/python tests/dashboard.py record >build/dashboard.json
 	$(VENV)/python tests/dashboard.py draw <build/dashboard.json | rsvg-convert -o docs/dashboard.png
 
-bench-programs: all build/measure build/subjects.bpf.o
+bench-programs: all build/actor build/measure build/subjects.bpf.o
 
 # What boots VMs or installs from the network.
 test-host: all

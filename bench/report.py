@@ -192,7 +192,7 @@ def goals(found: dict[str, Any]) -> str:
     for path, share in part.items():
         row(path, "0, within 1 %", f"{share:+.1%}".replace("%", " %"), share <= 0.01)
     row(
-        "1 to 100,000 grants",
+        "1 to 10,000 grants",
         "within 10",
         f"within {number(max(least) - min(least))}",
         max(least) - min(least) <= 10,

@@ -1,15 +1,8 @@
 // SPDX-License-Identifier: GPL-2.0-or-later
 /* What guard.bpf.c is measured against. */
 #include "structures.h"
+#include "grants.h"
 #include <bpf/bpf_tracing.h>
-
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 262144);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, __u64);
-	__type(value, __u8);
-} opened SEC(".maps");
 
 /* The floor: what the kernel takes to call any program on the hook of decide(). */
 SEC("lsm/inode_init_security_anon")
@@ -23,14 +16,14 @@ SEC("lsm/file_open")
 int BPF_PROG(watch_opens, struct file *file, int ret)
 {
 	struct inode *inode = file->f_inode;
-	__u8 value = 1;
-	__u64 id;
+	struct task_struct *task = bpf_get_current_task_btf();
+	__u64 *grant;
 
 	if (ret || (inode->i_mode & S_IFMT) != S_IFCHR || inode->i_rdev != KVM_RDEV)
 		return ret;
-	id = bpf_get_current_task_btf()->mm->context.ctx_id;
-	if (!bpf_map_lookup_elem(&opened, &id))
-		bpf_map_update_elem(&opened, &id, &value, BPF_ANY);
+	grant = bpf_task_storage_get(&grants, task->group_leader, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (grant)
+		*grant = task->self_exec_id + 1;
 	return 0;
 }
 

@@ -27,28 +27,43 @@ MUTATIONS = {
         "if (ns->level != 0)\n\t\treturn 0;\n\tseen_initial = ns;": "seen_initial = ns;\n"
         "\tif (ns->level != 0)\n\t\treturn 0;",
     },
-    "nobody has the capability": {"return has_ptrace(cred) &&": "return 0 &&"},
+    "nobody has the capability": {"return has_capability(cred, CAP_SYS_PTRACE) &&": "return 0 &&"},
     "a fork inherits the grant": {
-        "static __always_inline int is_granted(": "struct task_struct___parent {\n\tstruct task_struct *real_parent;\n"
-        "} __attribute__((preserve_access_index));\n\nstatic __always_inline int is_granted(",
-        "return bpf_map_lookup_elem(&grants, &id) != NULL;": "struct task_struct___parent *child = (void *)task;\n"
-        "\t__u64 parent = child->real_parent->mm->context.ctx_id;\n"
-        "\treturn bpf_map_lookup_elem(&grants, &id) || bpf_map_lookup_elem(&grants, &parent);",
+        "\t\tif (!shares_mm(task, mm))\n\t\t\treturn 0;\n": "",
+        "return shares_mm(task, mm);": "return 1;",
     },
-    "an exec keeps the grant": {
-        "__u64 id = task->mm->context.ctx_id;": "__u64 id = task->tgid;",
-        "record(bpf_get_current_task_btf()->mm->context.ctx_id)": "record(bpf_get_current_task_btf()->tgid)",
-        "id = mm->context.ctx_id;": "id = task->tgid;",
+    "an exec keeps the grant: the id is not compared": {
+        "return grant && *grant == *(volatile __u64 *)&task->self_exec_id + 1;": "return grant && *grant;",
+    },
+    "the parent is not asked": {
+        "|| ancestor_has_opened_kvm(task);": "|| (0 && ancestor_has_opened_kvm(task));",
+    },
+    "the parent is not granted": {
+        "if (!shares_mm(task, mm))\n\t\t\treturn;": "if (shares_mm(task, mm) || 1)\n\t\t\treturn;"
+    },
+    "the grant is the thread's and not its leader's": {
+        "bpf_task_storage_get(&grants, task->group_leader, 0, 0)": "bpf_task_storage_get(&grants, task, 0, 0)",
+        "bpf_task_storage_get(&grants, task->group_leader, 0, BPF_": "bpf_task_storage_get(&grants, task, 0, BPF_",
     },
 }
 
 
-def mutant(source: str, changes: dict[str, str]) -> str:
-    """Return SOURCE with each text replaced, which it has once."""
+def source() -> str:
+    """Return guard.bpf.c with grants.h in it."""
+    folder = Path(features.__file__).parent
+    include = '#include "grants.h"\n'
+    text = (folder / "guard.bpf.c").read_text()
+    assert text.count(include) == 1
+    return text.replace(include, (folder / "grants.h").read_text())
+
+
+def mutant(changes: dict[str, str]) -> str:
+    """Return the source with each text replaced, which it has once."""
+    changed = source()
     for text, by in changes.items():
-        assert source.count(text) == 1, text
-        source = source.replace(text, by)
-    return source
+        assert changed.count(text) == 1, text
+        changed = changed.replace(text, by)
+    return changed
 
 
 def failing(command: list[str], log: Path) -> Counter[str]:
@@ -63,12 +78,11 @@ def failing(command: list[str], log: Path) -> Counter[str]:
 
 def main(lab: list[str]) -> None:
     """Try each, and print a table."""
-    source = Path(features.__file__).with_name("guard.bpf.c").read_text()
     BUILD.mkdir(parents=True, exist_ok=True)
     unseen = 0
     for name, changes in MUTATIONS.items():
         path = BUILD / f"{name.replace(' ', '-')}.bpf.c"
-        path.write_text(mutant(source, changes))
+        path.write_text(mutant(changes))
         hatch_build.compile_bpf(path, path.with_suffix(".o"))
         pytest = [f"{sys.prefix}/bin/pytest", "--mutant", str(path.with_suffix(".o").resolve()), *TESTS]
         tests = failing([*lab, *pytest], path.with_suffix(".log"))

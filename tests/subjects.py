@@ -129,8 +129,6 @@ class How(StrEnum):
 class Mm:
     """An address space."""
 
-    granted: bool = False
-
 
 @dataclass(eq=False)
 class Process:
@@ -139,13 +137,34 @@ class Process:
     pid: int
     mm: Mm
     bits: int = 64
+    parent: Process | None = None
+    ended: bool = False
+    #: It or a relative below it has opened /dev/kvm, in this address space.
+    opened: bool = False
     kvm: dict[int, bool] = field(default_factory=dict)
     paths: dict[int, bool] = field(default_factory=dict)  # O_PATH of /dev/kvm
     devices: dict[str, tuple[int, bool]] = field(default_factory=dict)  # /dev/userfaultfd: "own", "passed"
 
     def inherit(self, pid: int, mm: Mm) -> Process:
         """Return a child with copies of the descriptors."""
-        return Process(pid, mm, self.bits, dict(self.kvm), dict(self.paths), dict(self.devices))
+        return Process(pid, mm, self.bits, self, kvm=dict(self.kvm), paths=dict(self.paths), devices=dict(self.devices))
+
+    def relatives(self) -> Iterator[Process]:
+        """Yield this process, and those above it that have the same address space, up to one that has ended."""
+        process: Process | None = self
+        while process and not process.ended and process.mm is self.mm:
+            yield process
+            process = process.parent
+
+    @property
+    def granted(self) -> bool:
+        """Whether this process, or one above it in the same address space, has opened /dev/kvm or is taken for that."""
+        return any(process.opened for process in self.relatives())
+
+    @granted.setter
+    def granted(self, value: bool) -> None:
+        for process in self.relatives():
+            process.opened = value
 
     def close_on_exec(self) -> None:
         """Forget the descriptors that exec has closed."""
@@ -228,6 +247,7 @@ class Subject:
         self.send(Kind.EXEC, {}, data=b"/run/driver" if bits == 64 else b"/run/driver32")
         assert self.receive().result == 0
         self.process.mm = Mm()
+        self.process.opened = False
         self.process.bits = bits
         self.process.close_on_exec()
         self.tid = self.process.pid

@@ -53,7 +53,7 @@ STEPS = Steps(
         "record the native knob",
         "load",
         "attach grant",
-        "attach forget",
+        "attach granted",
         "attach administrators",
         "attach guard_sysctl",
         "seed",
@@ -148,6 +148,7 @@ def start(
             changed = True
             fds = _replace(found, wanted, asker, knob, held, undo)
             older = {program.id for program in found.programs.values()} - _ids(fds)
+            _unpin_others()
         _limit(fds, events_per_second)
         _acknowledge(fds)
         _write_once(CONFIGURED, _audit_word(configured))
@@ -301,8 +302,9 @@ def _replace(
     """Load, attach, try and pin the programs of our object; the older ones decide until the new ones have proved.
 
     The policy is kept where a program decides by it: older and newer are attached together for a while. The grants
-    are kept when no hook that fills them was ever missing, so that running virtual machines keep theirs; otherwise
-    they begin anew and empty: a repair grants nobody.
+    are kept when the hook that gives them was never missing, so that running virtual machines keep theirs; otherwise
+    they begin anew and empty: a repair grants nobody, for who holds /dev/kvm then may have been passed it. The same
+    goes for an upgrade from a version whose grants are of another kind: only the policy is kept.
 
     :returns: descriptors of all parts.
     """
@@ -311,17 +313,16 @@ def _replace(
     if "enforcement" in found.fds:
         # Whatever else is damaged: the guard that is attached goes by it.
         keep.add("enforcement")
-    if not first and found.has("grant", "forget"):
-        keep |= {"grants", "counts", "events", "watching"}
     can_guard = features.has_sysctl_guard()
     try:
         obj = held.enter_context(libbpf.Object(features.OBJECT))
         layout.check(obj)
+        if not first and found.has("grant") and obj.fits("grants", found.fds["grants"]):
+            keep |= {"grants", "counts", "events", "watching"}
         kept = set()
         for name in keep & found.fds.keys():
             # Another version may have another number of reasons to count.
-            older = libbpf.info(found.fds[name], libbpf.MapInfo)
-            if obj.map_size(layout.map_name(name)) == (older.value_size, older.max_entries):
+            if obj.fits(layout.map_name(name), found.fds[name]):
                 obj.reuse(layout.map_name(name), found.fds[name])
                 kept.add(name)
         features.aim(obj)
@@ -363,12 +364,12 @@ def _replace(
 
 
 def _is_the_same(found: Pinned, obj: libbpf.Object, name: str) -> bool:
-    """Tell whether a program that grants is attached already and fills the map that OBJ has.
+    """Tell whether the program that grants is attached already and fills the map that OBJ has.
 
     Each attaching to or detaching from a function makes its trampoline anew, and a call that is in flight then runs no
     fexit program: an opener of /dev/kvm would lose its grant, and nothing counts that.
     """
-    if name not in ("grant", "forget") or not found.has("grant", "forget"):
+    if name != "grant" or not found.has("grant"):
         return False
     if libbpf.info(obj.program_fd(name), libbpf.ProgramInfo).tag != found.programs[name].tag:
         return False
@@ -377,7 +378,7 @@ def _is_the_same(found: Pinned, obj: libbpf.Object, name: str) -> bool:
 
 def _attach(obj: libbpf.Object, name: str) -> int:
     match name:
-        case "administrators":
+        case "administrators" | "granted":
             return obj.attach_iterator(name)
         case "guard_sysctl":
             with features.cgroup_root() as root:
@@ -477,6 +478,13 @@ def _pin_at(place: Path, fd: int) -> None:
     libbpf.pin(fd, fresh)
     fresh.chmod(0o600)
     fresh.rename(place)
+
+
+def _unpin_others() -> None:
+    """Remove what an older version has pinned and this one does not have: a link's program would go on running."""
+    ours = {*PARTS, *map(link_of, COUNTERS)}
+    for path in [path for path in PINS.iterdir() if path.name not in ours]:
+        path.unlink(missing_ok=True)
 
 
 def set_mode(mode: Mode) -> Policy:

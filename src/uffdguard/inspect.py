@@ -323,7 +323,7 @@ def check_command(words: tuple[str, ...]) -> Answer:
     program = execve.find(words[0])
     initial = native.in_initial("user")
     capabilities = execve.effective(execve.Caller.current(), program) if initial else 0
-    effective = bool(capabilities >> execve.CAP_SYS_PTRACE & 1)
+    effective = bool(capabilities >> native.CAP_SYS_PTRACE & 1)
     return answer(visible_setting(), Subject(one_line(words[0]), effective, initial, running=False))
 
 

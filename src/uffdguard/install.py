@@ -89,7 +89,7 @@ def install(command: Path, mode: Mode | None, completion: str) -> Installed:
         file is wrong, so that the next boot could not start; nothing is changed then.
     """
     native.need_root("installs")
-    features.require(features.kernel)
+    features.require(features.hook)
     known = _manifest()
     # Which files there are does not depend on the mode.
     there = [path for path, _ in files(command, Mode.DISABLED, completion) if path.exists()]

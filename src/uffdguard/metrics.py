@@ -84,7 +84,7 @@ def of_status(status: Status | None) -> Iterator[Metric]:
         return
     yield _gauge("user_mode_only", "Whether UFFD_USER_MODE_ONLY suffices to be allowed.", bool(status.user_mode_only))
     yield _gauge("audit", "Whether refusals are let pass.", bool(status.audit))
-    yield _gauge("grants", "Address spaces that have opened /dev/kvm.", status.grants)
+    yield _gauge("grants", "Processes that have opened /dev/kvm.", status.grants)
     yield _counter("grants_lost", "Grants that could not be recorded.", status.lost)
     yield _counter("hooks_skipped", "Times that the kernel skipped a program of ours.", status.skipped)
     decisions = CounterMetricFamily(

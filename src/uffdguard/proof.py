@@ -27,7 +27,9 @@ class Asker:
     """A child without privileges that asks for userfaultfds, to see what the policy answers. A context manager.
 
     It never opens /dev/kvm. /dev/userfaultfd is opened for it by root, because creations through it are not
-    governed by the native knob: with the knob at 0 a refused system call would prove nothing of ours.
+    governed by the native knob: with the knob at 0 a refused system call would prove nothing of ours. Where there is no
+    such device, as on a kernel before 6.1, the child takes CAP_SYS_PTRACE for such a question, which passes the native
+    check. The strict question is refused all the same; any other sees that the capability is what it was allowed by.
     """
 
     REQUEST = Request()
@@ -35,13 +37,16 @@ class Asker:
     PATIENCE = 20.0
 
     def __enter__(self) -> Asker:
-        self._device = os.open(native.DEV_USERFAULTFD, os.O_RDWR | os.O_CLOEXEC)
+        self._device: int | None = None
+        with contextlib.suppress(FileNotFoundError):
+            self._device = os.open(native.DEV_USERFAULTFD, os.O_RDWR | os.O_CLOEXEC)
         self._begin()
         return self
 
     def __exit__(self, *error: object) -> None:
         self._end()
-        os.close(self._device)
+        if self._device is not None:
+            os.close(self._device)
 
     def restart(self) -> None:
         """Replace a child that does not answer by a new one."""
@@ -78,19 +83,31 @@ class Asker:
             self._process = None
 
     @staticmethod
-    def _serve(server: socket.socket, device: int) -> None:
+    def _serve(server: socket.socket, device: int | None) -> None:
         # Its user stays root: capabilities are all that the kernel and the policy ask about, and whoever serves the
         # interface file has none left by which to become another.
-        native.drop_capabilities()
+        permitted = 1 << native.CAP_SYS_PTRACE if device is None else 0
+        try:
+            native.drop_capabilities(permitted=permitted)
+        except PermissionError:  # the server of the interface file has none left: it gets no answer from the policy
+            permitted = 0
+            native.drop_capabilities()
         # It ends when we do, by the end of the socket, and not by what a terminal or a service manager sends to all.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
         # The lock above all, which must not outlast us.
-        low, high = sorted((server.fileno(), device))
+        low, high = sorted((server.fileno(), server.fileno() if device is None else device))
         for first, last in ((3, low), (low + 1, high), (high + 1, os.sysconf("SC_OPEN_MAX"))):
             os.closerange(first, last)
         while question := server.recv(1):
-            answer = probe.device_ioctl(device) if question == b"d" else probe.syscall()
+            if question == b"s":
+                answer = probe.syscall()
+            elif device is not None:
+                answer = probe.device_ioctl(device)
+            else:
+                native.set_effective(permitted, permitted=permitted)
+                answer = probe.syscall()
+                native.set_effective(0, permitted=permitted)
             server.send(bytes([answer]))
 
     def _answer(self, question: bytes) -> int:
@@ -114,6 +131,8 @@ class Asker:
         :param audit: see a refusal let pass.
         :raises Failure: the policy does not answer as it must.
         """
+        if self._device is None and not (by_syscall or strict):
+            expected = Reason.CAPABILITY
         # Whoever gets the pid of a child that was killed is not to be taken for it for long.
         until = int(time.clock_gettime(time.CLOCK_BOOTTIME) + self.PATIENCE) + 1
         armed = {"strict": strict, "decisions": 0, "until": until, "tgid": self.pid}

@@ -35,7 +35,7 @@ CONFIGURED = native.RUN / "configured"
 #: Each link is pinned under the name of its program; with the maps that its program uses.
 LINKS: dict[str, set[str]] = {
     "grant": {"grants", "counts"},
-    "forget": {"grants", "counts"},
+    "granted": {"grants"},
     "administrators": set(),
     "guard_sysctl": {"counts", "policy", "witness", "events", "watching", "enforcement"},
     "decide": {"grants", "counts", "policy", "witness", "events", "watching"},
@@ -214,15 +214,15 @@ def _can_guard() -> bool:
 
 
 def not_in_force(reason: str | None = None) -> Failure:
-    """Return what to say where no policy is in force: on a kernel that is too old, what start would say.
+    """Return what to say where no policy is in force: on a kernel without the hook, what start would say.
 
     :param reason: why it is not, as Status has it.
     """
     from uffdguard.kernel import features
 
-    kernel = features.kernel()
-    if kernel.state == "missing":
-        return Failure(f"the policy is not in force: {kernel.fact}", kernel.hint)
+    hook = features.hook()
+    if hook.state == "missing":
+        return Failure(f"the policy is not in force: {hook.fact}", hook.hint)
     return Failure(f"the policy is not in force{f': {reason}' if reason else ''}", "run uffdguard start")
 
 
@@ -257,11 +257,11 @@ class Status(NamedTuple):
     native_knob: int | None  # None: it cannot be read
     drift: bool  # the native knob does not fit the mode
     pins: dict[str, bool]
-    skipped: int  # times the kernel skipped grant or forget
+    skipped: int  # times the kernel skipped a program
     lost: int  # grants that could not be recorded
     guard: Guard | None  # None: no policy is in force, or it could not be asked
     interface: Interface
-    grants: int
+    grants: int  # processes that are granted
     allowed: int
     refused: int
     decisions: dict[Reason, int]
@@ -380,7 +380,7 @@ def status() -> Status:
             lost=counts.lost,
             guard=facts.guard if policy and doubts.answers is not None else None,
             interface=interface,
-            grants=max(0, counts.grants),  # below 0: one came and went between the looks at two tallies
+            grants=len(granted(found)) if policy else 0,
             allowed=sum(number for reason, number in decisions.items() if reason.allowed),
             refused=counts.native + sum(number for reason, number in decisions.items() if not reason.allowed),
             decisions=decisions,
@@ -391,6 +391,13 @@ def status() -> Status:
             problems=[sentence for _, sentence in wrong],
             failing=list(dict.fromkeys(condition.name for condition, _ in wrong)),
         )
+
+
+def granted(found: Pinned) -> set[int]:
+    """Return the pids of the processes that are granted; none where their list is not pinned."""
+    with contextlib.suppress(OSError, KeyError):
+        return set(memoryview(libbpf.iterate(found.fds["granted"])).cast("i"))
+    return set()
 
 
 def _with_machine(facts: Facts) -> Facts:

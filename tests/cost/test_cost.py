@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from bench import guest, report
+from uffdguard import state
 from uffdguard.policy import Mode
 
 MODES = [f"uffdguard {mode}" for mode in Mode]
@@ -40,6 +41,26 @@ def surplus(found: dict[str, Any], subject: str) -> dict[str, float]:
 @pytest.mark.parametrize("mode", MODES)
 def test_a_policy_adds_nothing_to_what_creates_no_userfaultfd(found: dict[str, Any], mode: str) -> None:
     assert surplus(found, mode) == {}
+
+
+def test_fork_exec_and_exit_run_no_program_of_ours() -> None:
+    """How long these take differs by more than a program would; how often one was run does not."""
+
+    def runs() -> dict[str, int]:
+        with state.pinned() as pins:
+            return {name: program.run_cnt for name, program in pins.programs.items()}
+
+    statistics = Path("/proc/sys/kernel/bpf_stats_enabled")
+    with guest.policy(Mode.KVM):
+        statistics.write_text("1")
+        before = runs()
+        guest.measure(("fork, exit", "fork, exec, exit", "thread create, join"))
+        after = runs()
+        guest.measure(("userfaultfd after /dev/kvm",))
+        later = runs()
+        statistics.write_text("0")
+    assert after == before
+    assert {name for name, number in later.items() if number > after[name]} == {"decide", "grant"}
 
 
 def test_no_figure_has_grown_by_more_than_5_percent(found: dict[str, Any]) -> None:

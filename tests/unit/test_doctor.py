@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -34,9 +35,14 @@ def doctor(capsys: pytest.CaptureFixture[str]) -> tuple[int, dict[str, Any], dic
 def test_it_has_a_row_for_each_thing_and_what_to_do_about_what_is_missing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "OLDEST", (99, 0))
+    monkeypatch.setattr(features, "TRIED", ())
+    monkeypatch.setattr(features, "HOOK", "no_such_hook")
     status, found, rows = doctor(capsys)
-    assert (status, found["can_enforce"], rows["kernel"]["state"]) == (1, False, "missing")
+    assert (status, found["can_enforce"], rows["hook"]["state"]) == (1, False, "missing")
+    assert (rows["kernel"]["state"], rows["kernel"]["fact"]) == (
+        "warning",
+        f"{os.uname().release}: nobody has tried this line of kernels",
+    )
     assert all(row["hint"] for row in rows.values() if row["state"] != "ok")
     assert {"kernel", "hook", "LSM list", "BTF", "lockdown", "privileges", "bpffs", "libbpf", "KVM", "sysctl"} <= set(
         rows

@@ -142,7 +142,7 @@ def test_the_facts_are_those_that_decide() -> None:
 
 NOBODY = Caller((1000, 1000), (1000, 1000), frozenset(), 0, 0, (1 << 41) - 1, 0, False, 0)
 ROOT = Caller((0, 0), (0, 0), frozenset(), 0, 0, (1 << 41) - 1, 0, False, 0)
-BIT = 1 << execve.CAP_SYS_PTRACE
+BIT = 1 << native.CAP_SYS_PTRACE
 
 
 def changed(caller: Caller, **values: Any) -> Caller:

@@ -39,7 +39,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(install, "_systemctl", lambda *words: None)
     monkeypatch.setattr(native, "need_root", lambda what: None)
     monkeypatch.setattr(native, "has_kvm", lambda: True)
-    monkeypatch.setattr(features, "OLDEST", (0, 0))
+    monkeypatch.setattr(features, "hook", lambda: features.Row("hook", "ok", ""))
     return tmp_path
 
 
@@ -76,9 +76,9 @@ def test_everything_is_put_in_place_and_taken_away(root: Path) -> None:
     assert written(root) == {}
 
 
-def test_nothing_is_put_in_place_on_a_kernel_that_is_too_old(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(features, "OLDEST", (99, 0))
-    with pytest.raises(Failure, match=r"is older than Linux 99\.0; boot Linux 99\.0 or newer"):
+def test_nothing_is_put_in_place_on_a_kernel_without_the_hook(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "hook", lambda: features.Row("hook", "missing", "no hook", "boot another"))
+    with pytest.raises(Failure, match="hook: no hook; boot another"):
         install.install(COMMAND, Mode.KVM, completion())
     assert written(root) == {}
 

@@ -108,7 +108,7 @@ uffdguard_user_mode_only 0.0
 # HELP uffdguard_audit Whether refusals are let pass.
 # TYPE uffdguard_audit gauge
 uffdguard_audit 0.0
-# HELP uffdguard_grants Address spaces that have opened /dev/kvm.
+# HELP uffdguard_grants Processes that have opened /dev/kvm.
 # TYPE uffdguard_grants gauge
 uffdguard_grants 4.0
 # HELP uffdguard_grants_lost_total Grants that could not be recorded.

@@ -20,11 +20,13 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
+#include <sys/ptrace.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
 #include <sys/timerfd.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #ifndef UFFD_USER_MODE_ONLY
@@ -37,6 +39,7 @@
 static int opened = -1; /* what the last open gave */
 static char **older_steps; /* what the older thread shall do */
 static pthread_barrier_t handover;
+static pid_t parent_of_orphan;
 
 static void run(char **steps);
 
@@ -242,6 +245,19 @@ static void until_allowed(long number)
 	dprintf(1, "%ld\n", lost);
 }
 
+/* So many that open /dev/kvm and end. */
+static void deaths(long number)
+{
+	int status;
+
+	for (; number > 0; number--) {
+		if (!fork())
+			_exit(open("/dev/kvm", O_RDWR) < 0);
+		if (wait(&status) < 0 || status)
+			fail("/dev/kvm");
+	}
+}
+
 /* Processes that open /dev/kvm and stay until we end. */
 static void crowd(long number)
 {
@@ -378,10 +394,57 @@ static void flood(long number, int device)
 	dprintf(1, "%ld\n", refused);
 }
 
+static void *new_stack(void)
+{
+	long size = 1 << 16;
+	char *stack = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (stack == MAP_FAILED)
+		fail("mmap");
+	return stack + size;
+}
+
+static int open_kvm(void *unused)
+{
+	(void)unused;
+	_exit(open("/dev/kvm", O_RDWR) < 0);
+}
+
+/* Be traced by a child that has opened /dev/kvm. */
+static void be_traced(void)
+{
+	int ready = eventfd(0, 0);
+	eventfd_t one;
+	pid_t parent = getpid(), pid = fork();
+
+	if (!pid) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		while (ptrace(PTRACE_SEIZE, parent, 0, 0) && errno == EPERM) /* Yama: until our parent says so */
+			usleep(1000);
+		if (open("/dev/kvm", O_RDWR) < 0 || eventfd_write(ready, 1))
+			_exit(1);
+		for (;;)
+			pause();
+	}
+	prctl(PR_SET_PTRACER, pid);
+	if (eventfd_read(ready, &one))
+		fail("be-traced");
+}
+
 static int rest_of(void *steps)
 {
 	run(steps);
 	_exit(0);
+}
+
+/* Once our parent has ended. */
+static int rest_of_orphan(void *steps)
+{
+	struct timespec nap = { 0, 1000000 };
+
+	while (getppid() == parent_of_orphan)
+		nanosleep(&nap, NULL);
+	return rest_of(steps);
 }
 
 static void *thread_of(void *steps)
@@ -399,7 +462,6 @@ static void *older_thread(void *unused)
 
 static void run(char **steps)
 {
-	static char stack[1 << 16] __attribute__((aligned(16)));
 	pthread_t thread;
 	char byte;
 	pid_t pid;
@@ -430,7 +492,11 @@ static void run(char **steps)
 			answer_and_close(syscall32(54, odd_device(), USERFAULTFD_IOC_NEW, number, 1, 1));
 		else if (IS("flood")) /* by the device: it is no knob that refuses */
 			flood(number, device());
-		else if (IS("flood-syscall"))
+		else if (IS("flood-after-kvm")) { /* from the first that is allowed on */
+			while (close(open("/dev/kvm", O_RDWR)) || ioctl(device(), USERFAULTFD_IOC_NEW, 0) < 0)
+				;
+			flood(number, device());
+		} else if (IS("flood-syscall"))
 			flood(number, -1);
 		else if (IS("hold")) /* a userfaultfd */
 			answer(opened = syscall64(SYS_userfaultfd, number, 0, 0, 0));
@@ -458,6 +524,12 @@ static void run(char **steps)
 			generations(number);
 		else if (IS("churn"))
 			churn();
+		else if (IS("deaths"))
+			deaths(number);
+		else if (IS("child-opens")) /* in our address space, and ends */
+			await(clone(open_kvm, new_stack(), CLONE_VM | CLONE_VFORK | SIGCHLD, NULL));
+		else if (IS("be-traced"))
+			be_traced();
 		else if (IS("crowd"))
 			crowd(number);
 		else if (IS("until-allowed"))
@@ -485,9 +557,22 @@ static void run(char **steps)
 				rest_of(steps + 1);
 			return await(pid);
 		} else if (IS("vfork") || IS("clone-vm")) {
-			pid = clone(rest_of, stack + sizeof(stack), CLONE_VM | SIGCHLD | (IS("vfork") ? CLONE_VFORK : 0),
+			pid = clone(rest_of, new_stack(), CLONE_VM | SIGCHLD | (IS("vfork") ? CLONE_VFORK : 0),
 				    steps + 1);
 			return await(pid);
+		} else if (IS("orphan") || IS("orphan-vm")) { /* a child, when we have ended */
+			parent_of_orphan = getpid();
+			if (clone(rest_of_orphan, new_stack(), (IS("orphan-vm") ? CLONE_VM : 0) | SIGCHLD,
+				  steps + 1) < 0)
+				fail(step);
+			_exit(0);
+		} else if (IS("subreaper")) { /* a grandchild, which gets us for its parent when its own ends */
+			prctl(PR_SET_CHILD_SUBREAPER, 1);
+			if (!(pid = fork()))
+				rest_of(steps + 1);
+			while (wait(NULL) > 0)
+				;
+			_exit(0);
 		} else if (IS("thread")) {
 			pthread_create(&thread, NULL, thread_of, steps + 1);
 			pthread_join(thread, NULL);
@@ -504,7 +589,7 @@ static void run(char **steps)
 			pthread_create(&thread, NULL, (void *(*)(void *))rest_of, steps + 1);
 			syscall(SYS_exit, 0);
 		} else if (IS("exec")) {
-			steps[0] = "/proc/self/exe";
+			steps[0] = "/proc/thread-self/exe"; /* the leader may have left */
 			execv(steps[0], steps);
 			fail("exec");
 		} else if (!IS("drop-ptrace") && !IS("unshare-user") && !IS("wait")) {

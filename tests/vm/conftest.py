@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from inside import in_force, lab, nothing_in_force
+from mutations import mutant
 
 import hatch_build
 from uffdguard import state
@@ -45,11 +46,9 @@ def steps(request: pytest.FixtureRequest) -> int:
 
 @functools.cache
 def compiled(text: str, by: str) -> Path:
-    """Return the object of guard.bpf.c with one TEXT replaced; the compiler takes long here."""
-    source = Path(features.__file__).with_name("guard.bpf.c").read_text()
-    assert source.count(text) == 1
+    """Return the object of guard.bpf.c and grants.h with one TEXT replaced; the compiler takes long here."""
     changed = Path(tempfile.mkdtemp(), "guard.bpf.c")
-    changed.write_text(source.replace(text, by))
+    changed.write_text(mutant({text: by}))
     hatch_build.compile_bpf(changed, changed.with_suffix(".o"))
     return changed.with_suffix(".o")
 

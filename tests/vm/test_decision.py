@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
+import subprocess
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from inside import actor, force_knob, waiting_actor
+from inside import ACTOR, USER, actor, force_knob, waiting_actor
 
 from uffdguard import state
 from uffdguard.kernel import layout, libbpf, native
@@ -33,15 +34,6 @@ def allowed(answers: list[str]) -> bool:
     """Whether there are answers, and none of them is a refusal."""
     assert answers
     return set(answers) == {"allowed"}
-
-
-def number_of_keys(grants: int) -> int:
-    """Count the entries of the map themselves."""
-    number, key = 0, ctypes.c_uint64()
-    position = None
-    while not libbpf.library().bpf_map_get_next_key(grants, position, ctypes.byref(key)):
-        number, position = number + 1, ctypes.byref(ctypes.c_uint64(key.value))
-    return number
 
 
 @pytest.mark.kept
@@ -90,6 +82,14 @@ class TestKvm:
             (KVM, "vfork"),
             (KVM, "clone-vm"),
             (KVM, "leader-leaves"),
+            ("leader-leaves", KVM),
+            ("leader-leaves", KVM, "vfork"),
+            ("thread", KVM, "vfork", "thread"),
+            (KVM, "vfork", "clone-vm", "vfork"),
+            ("vfork", "child-opens"),
+            ("child-opens", "vfork", "clone-vm"),
+            ("vfork", "exec", KVM),
+            (KVM, "be-traced"),
         ],
         ids=" ".join,
     )
@@ -121,6 +121,53 @@ class TestKvm:
         assert opened == "allowed"
         assert refused(answers)
 
+    @pytest.mark.parametrize(
+        "steps",
+        [
+            ("leader-leaves", KVM, "fork"),
+            ("leader-leaves", KVM, "exec"),
+            (KVM, "leader-leaves", "exec"),
+            (KVM, "vfork", "fork"),
+            (KVM, "clone-vm", "thread", "exec"),
+            (KVM, "clone-vm", "exec", "fork"),
+            ("child-opens", "fork"),
+            ("child-opens", "exec"),
+            # Another is the parent by then: a subreaper that is granted, or init.
+            (KVM, "subreaper", "orphan"),
+            (KVM, "subreaper", "orphan", "thread"),
+            (KVM, "orphan"),
+        ],
+        ids=" ".join,
+    )
+    def test_refuses_a_relative_that_has_another_address_space(self, steps: tuple[str, ...]) -> None:
+        answers = actor(*steps, *ALL)
+        assert answers[len(answers) - len(ALL) :] == ["EPERM"] * len(ALL)
+        assert set(answers[: -len(ALL)]) <= {"allowed"}
+
+    def test_refuses_who_goes_on_in_an_address_space_when_the_one_that_has_opened_kvm_has_ended(self) -> None:
+        """The seed's flag would outlive it; ours is the process's, and whoever goes on can open it."""
+        assert refused(actor(KVM, "orphan-vm", *ALL)[1:])
+        assert allowed(actor("orphan-vm", KVM, *ALL))
+
+    def test_refuses_who_is_traced_by_one_that_has_opened_kvm(self) -> None:
+        assert refused(actor("be-traced", *ALL))
+
+    def test_refuses_who_gets_the_pid_of_one_that_had_opened_kvm(self) -> None:
+        def begin(*steps: str) -> subprocess.Popen[str]:
+            return subprocess.Popen(
+                [ACTOR, *steps], user=USER, group=USER, extra_groups=[], stdout=subprocess.PIPE, text=True
+            )
+
+        for _ in range(100):
+            with begin(KVM, "syscall") as first:
+                assert first.communicate()[0].split() == ["allowed", "allowed"]
+            Path("/proc/sys/kernel/ns_last_pid").write_text(str(first.pid - 1))
+            with begin(*ALL) as second:
+                assert refused(second.communicate()[0].split())
+            if second.pid == first.pid:
+                return
+        pytest.fail("no pid was used twice")
+
     def test_refuses_who_may_not_open_kvm(self) -> None:
         native.DEV_KVM.chmod(0o660)
         opened, *answers = actor(KVM, *ALL)
@@ -148,9 +195,19 @@ class TestKvm:
             assert state.status().grants == before + 1
         assert state.status().grants == before
 
-    def test_the_number_of_grants_is_the_number_of_entries(self) -> None:
-        with waiting_actor(KVM, KVM, "wait"), waiting_actor(KVM, "wait"), state.pinned() as pins:
-            assert state.status().grants == number_of_keys(pins.fds["grants"]) >= 2
+    def test_who_is_granted_is_listed_each_process_once(self) -> None:
+        with state.pinned() as pins:
+            before = state.granted(pins)  # ourselves, after a test above
+            with (
+                waiting_actor(KVM, KVM, "wait"),
+                waiting_actor(KVM, "leader-leaves", "wait"),
+                waiting_actor(KVM, "clone-vm", "thread", "wait"),  # two processes with one address space
+                waiting_actor(KVM, "fork", "wait"),
+                waiting_actor(KVM, "exec", "wait"),
+            ):
+                granted = state.granted(pins) - before
+                assert len(granted) == state.status().grants - len(before) == 5
+                assert {Path(f"/proc/{pid}/comm").read_text() for pid in granted} == {"actor\n"}
 
 
 class TestHeldAtTheFirstStart:
@@ -165,14 +222,39 @@ class TestHeldAtTheFirstStart:
             in_force("kvm")
             assert refused(go_on()[1:])
 
-    @pytest.mark.parametrize("link", ["grant", "forget"])
-    def test_a_repair_grants_nobody(self, in_force: Callable[..., None], link: str) -> None:
+    def test_a_repair_grants_nobody(self, in_force: Callable[..., None]) -> None:
         in_force("kvm")
         (state.PINS / "grant").unlink()
-        (state.PINS / link).unlink(missing_ok=True)
         with waiting_actor(KVM, "wait", *ALL) as go_on:
             in_force("kvm")
             assert refused(go_on()[1:])
+
+    def test_a_lost_list_of_who_is_granted_is_repaired_and_the_grants_stay(self, in_force: Callable[..., None]) -> None:
+        in_force("kvm")
+        with waiting_actor(KVM, "wait", *ALL) as go_on:
+            (state.PINS / "granted").unlink()
+            in_force("kvm")
+            assert state.status().grants == 1
+            assert allowed(go_on())
+
+    def test_an_upgrade_from_grants_of_another_kind_grants_nobody_and_leaves_none_of_the_older_programs(
+        self, in_force: Callable[..., None], variant: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with monkeypatch.context():
+            variant("__type(value, __u64);\n} grants", "__type(value, __u64[2]);\n} grants")
+            in_force("kvm")
+        with waiting_actor(KVM, "wait", *ALL) as go_on:
+            with state.pinned() as found:
+                libbpf.pin(found.fds["grant"], state.PINS / "forget")
+                older = {program.id for program in found.programs.values()}
+            monkeypatch.undo()
+            in_force("kvm")
+            with state.pinned() as found:
+                assert older.isdisjoint(program.id for program in found.programs.values())
+            assert not (state.PINS / "forget").exists()
+            assert state.status().problems == []
+            assert refused(go_on()[1:])
+            assert allowed(actor(KVM, *ALL))
 
     def test_an_upgrade_grants_nobody_and_keeps_who_is_granted(self, in_force: Callable[..., None]) -> None:
         fd = os.open("/dev/kvm", os.O_RDWR)

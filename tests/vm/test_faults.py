@@ -231,7 +231,7 @@ class TestMemoryLimit:
             with pytest.raises(Failure, match=r"Cannot allocate memory; .* the memory limit of the control group"):
                 start("kvm")
 
-        variant("__uint(max_entries, 262144);", "__uint(max_entries, 67108864);")  # its buckets alone take 1 GiB
+        variant("__uint(max_entries, EVENTS);", "__uint(max_entries, EVENTS << 12);")  # 1 GiB
         (self.GROUP / "memory.max").write_text("32M")
         assert self.do_there(start_fails)
         assert not state.PINS.exists()
@@ -249,12 +249,10 @@ class TestMemoryLimit:
                 (self.GROUP / "memory.max").write_text((self.GROUP / "memory.current").read_text())
                 return openers.enter_context(opener())
 
-            # It has made some entries ahead, too.
             number = next(n for n in range(1000) if opened_without_a_byte_to_spare() == "EPERM")
             (self.GROUP / "memory.high").write_text("max")
             assert (state.status().grants, state.status().lost) == (number + 1, 1)
             (self.GROUP / "memory.max").write_text("max")
-            # Where an entry is asked for the kernel gets memory for the next ones: alloc_bulk(), kernel/bpf/memalloc.c.
             until(lambda: ways(KVM) == set(ALL))
 
 

@@ -22,7 +22,7 @@ from inside import USER, Killer, actor, force_knob, forked, uffdguard, waiting_a
 from uffdguard import guard, lock, proof, state
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, layout, libbpf, native
-from uffdguard.policy import Mode, Policy
+from uffdguard.policy import Mode, Policy, Reason
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,7 +67,7 @@ def switch(mode: str) -> Callable[[], object]:
 FIRST_START = guard.STEPS[: guard.STEPS.index("record the object") + 1]
 CHANGE = ("ask strictly", "set the policy", "ask", "set the native knob", "ask by system call", "count native refusals")
 #: Programs that grant, and that are the same, stay attached.
-AT_FIRST = ("mount bpffs", "record the native knob", "seed", "attach grant", "attach forget")
+AT_FIRST = ("mount bpffs", "record the native knob", "seed", "attach grant")
 UPGRADE = tuple(s for s in FIRST_START if s not in AT_FIRST)
 STOP = guard.STEPS[guard.STEPS.index("close the native knob") :]
 
@@ -461,7 +461,7 @@ def test_a_full_disk_leaves_nothing_behind() -> None:
     assert knob() == 0
 
 
-@pytest.mark.parametrize("program", ["grant", "forget", "decide"])
+@pytest.mark.parametrize("program", ["grant", "decide"])
 def test_a_hook_that_cannot_be_attached_leaves_nothing_behind(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
     attach = libbpf.Object.attach
 
@@ -479,9 +479,13 @@ def test_a_hook_that_cannot_be_attached_leaves_nothing_behind(program: str, monk
 
 
 def test_a_grant_that_cannot_be_recorded_is_counted_and_refused(variant: Callable[..., None]) -> None:
-    variant("__uint(max_entries, 262144);", "__uint(max_entries, 1);")
+    variant("\t\tif (!grant)\n", "\t\tif (!grant || enforcement.room[0])\n")
     start("kvm")()
     with waiting_actor(KVM, "wait", *WAYS) as first:
+        with state.pinned() as found:
+            kept = libbpf.read(found.fds["enforcement"], layout.Enforcement)
+            kept.room[0] = 1
+            libbpf.write(found.fds["enforcement"], kept)
         assert open_ways(KVM) == NOTHING
         status = state.status()
         assert (status.lost, status.grants) == (1, 1)
@@ -537,6 +541,46 @@ def test_a_hundred_changes_at_once_by_ten_while_ten_ask() -> None:
     assert [asker.result() for asker in strangers] == [{"EPERM"}] * 5
     assert set().union(*(asker.result() for asker in openers)) == {"allowed", "EPERM"}
     assert not state.status().problems
+
+
+class TestWithoutTheDevice:
+    """No /dev/userfaultfd, as on a kernel before 6.1: the policy is asked by CAP_SYS_PTRACE."""
+
+    @pytest.fixture(autouse=True)
+    def hidden(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native, "DEV_USERFAULTFD", Path("/dev/no-such-device"))
+
+    def test_each_mode_is_put_in_force_and_in_the_place_of_another(self) -> None:
+        for mode in (Mode.KVM, Mode.DISABLED, Mode.ENABLED, Mode.KVM):
+            start(mode)()
+            assert (state.status().in_force, state.status().mode, state.status().problems) == (True, mode, [])
+            assert guard.set_mode(mode).mode is mode
+        assert uffdguard("start").status == uffdguard("status").status == 0
+        assert open_ways() == NOTHING
+        with state.pinned() as found:
+            # What was asked is no use of userfaultfd, by capability either.
+            assert libbpf.read(found.fds["counts"], layout.Counts).total().by_reason()[Reason.CAPABILITY] == 0
+
+    def test_a_policy_that_allows_everything_is_seen(self, variant: Callable[..., None]) -> None:
+        variant("return now & STRICT ? -EACCES : -EPERM;", "return 0;")
+        with pytest.raises(Failure, match="answers wrongly"):
+            start("kvm")()
+        assert not state.PINS.exists()
+
+    def test_a_policy_that_allows_the_capability_whatever_is_asked_is_seen(self, variant: Callable[..., None]) -> None:
+        variant("if (now & STRICT)", "if (0)")
+        with pytest.raises(Failure, match="answers wrongly"):
+            start("kvm")()
+
+    def test_a_policy_that_is_not_attached_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        attach = libbpf.Object.attach
+
+        def not_decide(obj: libbpf.Object, program: str) -> int:
+            return os.open("/dev/null", os.O_RDONLY) if program == "decide" else attach(obj, program)
+
+        monkeypatch.setattr(libbpf.Object, "attach", not_decide)
+        with pytest.raises(Failure, match="does not answer"):
+            start("kvm")()
 
 
 class TestSabotage:

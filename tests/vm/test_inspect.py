@@ -111,7 +111,7 @@ class Inspected(Model):
             type(self).situations += 1
             assert (answer.capability, answer.granted) == (
                 subject.effective and subject.initial,
-                subject.process.mm.granted,
+                subject.process.granted,
             )
             assert answer.user_mode_only
             for flags, allowed in ((0, answer.allowed), (1, answer.user_mode_only.allowed)):
@@ -125,7 +125,7 @@ class Inspected(Model):
             # The device does not ask the native knob.
             assert (result >= 0) is (answer.allowed or answer.reason == inspect.NATIVE)
         for process in {subject.process for subject in self.subjects}:
-            kvm, granted = bool(process.kvm), process.mm.granted
+            kvm, granted = bool(process.kvm), process.granted
             holder = held.get(process.pid)
             assert (holder and (holder.kvm, holder.granted, holder.userfaultfds)) == (
                 (kvm, granted, 0) if kvm or granted else None
@@ -345,7 +345,7 @@ class TestCheck:
         assert (outcome.status, outcome.out, outcome.err.count("\n")) == (1, "", 1)
 
 
-PTRACE, OTHER = 1 << execve.CAP_SYS_PTRACE, 1 << 13  # CAP_NET_RAW
+PTRACE, OTHER = 1 << native.CAP_SYS_PTRACE, 1 << 13  # CAP_NET_RAW
 SETS = (0, PTRACE, PTRACE | OTHER)
 
 
@@ -368,7 +368,7 @@ def become(chance: random.Random) -> None:
     prctl(28, 1 << 2 | chance.choice((0, 1)))  # PR_SET_SECUREBITS: SECBIT_NO_SETUID_FIXUP, SECBIT_NOROOT
     permitted, inheritable = chance.choices(SETS, k=2)
     capset(execve.Caller.current().permitted, inheritable)
-    for bit in (execve.CAP_SYS_PTRACE, 13):
+    for bit in (native.CAP_SYS_PTRACE, 13):
         if chance.random() < 0.3:
             prctl(24, bit)  # PR_CAPBSET_DROP
     os.setgroups(chance.choice(((), (USER,))))
@@ -377,7 +377,7 @@ def become(chance: random.Random) -> None:
     real, effective = chance.choices((0, USER), weights=(1, 3), k=2)
     os.setresuid(real, effective, effective)
     capset(permitted, inheritable)
-    for bit in (execve.CAP_SYS_PTRACE, 13):
+    for bit in (native.CAP_SYS_PTRACE, 13):
         if permitted & inheritable & 1 << bit and chance.random() < 0.5:
             prctl(47, 2, bit)  # PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE
     if chance.random() < 0.2:

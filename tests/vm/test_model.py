@@ -33,6 +33,7 @@ from subjects import (
     At,
     How,
     Kind,
+    Process,
     Subject,
     await_end,
     descriptor_of,
@@ -148,6 +149,7 @@ class Model(RuleBasedStateMachine):
 
     def remove(self, subject: Subject) -> None:
         self.subjects.remove(subject)
+        subject.process.ended = all(other.process is not subject.process for other in self.subjects)
         self.gone(subject)
         for other in self.subjects:
             if other.traced_by is subject:
@@ -204,7 +206,7 @@ class Model(RuleBasedStateMachine):
         if result < 0:
             # The driver's open comes last but for this.
             if kvm and flags == "direct" and result == -errno.EINVAL:
-                process.mm.granted |= self.policy is not None
+                self.opened_kvm(process)
             return
         if not kvm:
             subject.call("close", result)
@@ -212,7 +214,11 @@ class Model(RuleBasedStateMachine):
             process.paths[result] = False
         else:
             process.kvm[result] = flags == "cloexec"
-            process.mm.granted |= self.policy is not None
+            self.opened_kvm(process)
+
+    def opened_kvm(self, process: Process) -> None:
+        if self.policy is not None:
+            process.granted = True
 
     @precondition(lambda self: len(self.subjects) < 8)
     @rule(who=who)
@@ -311,7 +317,7 @@ class Model(RuleBasedStateMachine):
                 guard.stop()
                 self.policy = None
                 for subject in self.subjects:
-                    subject.process.mm.granted = False
+                    subject.process.opened = False
             case Mode(), Policy():
                 guard.set_mode(Mode(change))
                 self.policy = self.policy._replace(mode=Mode(change))
@@ -329,11 +335,12 @@ class Model(RuleBasedStateMachine):
         guard.start(policy, policy.mode)
         if self.policy is None:  # a first start grants those who hold /dev/kvm
             for subject in self.subjects:
-                subject.process.mm.granted |= bool(subject.process.kvm)
+                if subject.process.kvm:
+                    subject.process.granted = True
         self.policy = policy
         self.close_maps()
         with state.pinned() as found:
-            self.maps = {name: os.dup(found.fds[name]) for name in ("counts", "events", "watching")}
+            self.maps = {name: os.dup(found.fds[name]) for name in ("counts", "events", "watching", "granted")}
         for limit in ("per_owner", "total"):
             libbpf.store(self.maps["watching"], layout.Watching, limit, 1 << 30)
 
@@ -374,7 +381,7 @@ class Model(RuleBasedStateMachine):
         request = Request(
             capability=subject.effective and subject.initial,
             user_mode_only=bool(flags & UFFD_USER_MODE_ONLY),
-            kvm=subject.process.mm.granted,
+            kvm=subject.process.granted,
         )
         # What the kernel asks before any hook: fs/userfaultfd.c.
         native_allows = bool(device) or request.user_mode_only or request.capability
@@ -391,7 +398,7 @@ class Model(RuleBasedStateMachine):
             reason = decide(self.policy, request)
             expected = 0 if reason.allowed or self.policy.audit else -errno.EPERM
         if self.loaded and reason is Reason.KVM and counted == [Reason.NO_KVM] and skipped():
-            subject.process.mm.granted = False  # a grant may be lost
+            subject.process.granted = False  # a grant may be lost
             expected, reason = -errno.EPERM, Reason.NO_KVM
         question = (abi, device, hex(flags), misleading)
         assert (*question, result, counted) == (*question, expected, [reason] if reason else [])
@@ -421,10 +428,10 @@ class Model(RuleBasedStateMachine):
             self.ask_by(subject, subject.abi, "passed", 0, misleading=False)
 
     @invariant()
-    def every_grant_is_of_a_live_address_space(self) -> None:
+    def every_grant_is_of_a_live_process(self) -> None:
         if self.policy and not self.loaded:
-            granted = {subject.process.mm for subject in self.subjects if subject.process.mm.granted}
-            assert libbpf.read(self.maps["counts"], layout.Counts).total().grants == len(granted)
+            granted = {subject.process.pid for subject in self.subjects if subject.process.granted}
+            assert set(memoryview(libbpf.iterate(self.maps["granted"])).cast("i")) == granted
 
     # Helpers.
 
@@ -538,9 +545,9 @@ def test_every_way_to_open_kvm_succeeds_and_grants(subjects: None, place: str, b
             if place.startswith("held"):
                 model.open(0, NODE, "open", "path" if place == "held path" else "read-write")
                 model.exec(0, bits)
-            assert not subject.process.mm.granted
+            assert not subject.process.granted
             model.open(0, place, way, "read-write")
-            assert subject.process.mm.granted
+            assert subject.process.granted
             model.ask(0, 0, misleading=False)
     finally:
         model.teardown()

@@ -24,9 +24,9 @@ def command(json: bool) -> None:
     else:
         render.columns([(row.name, row.state, row.fact) for row in rows])
         hints: dict[str, list[str]] = {}
-        # A kernel that is too old lacks more, and nothing but a newer one helps.
-        too_old = [row for row in missing if row.name == "kernel"]
-        for row in too_old or rows:
+        # A kernel without the hook lacks more, and nothing but another one helps.
+        hookless = [row for row in missing if row.name == "hook"]
+        for row in hookless or rows:
             if row.state != "ok":
                 hints.setdefault(row.hint, []).append(row.name)
         for hint, names in hints.items():

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from uffdguard.errors import Failure
 
-CAP_SYS_PTRACE = 19
 SECBIT_NOROOT = 1
 #: include/uapi/linux/capability.h: where a file's capabilities are, and what is in them.
 XATTR = "security.capability"

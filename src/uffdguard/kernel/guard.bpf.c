@@ -2,17 +2,16 @@
 /*
  * Who may create a userfaultfd, and who has opened /dev/kvm.
  *
- * decide() is the twin of decide() in policy.py: a row there is a row here. The other programs keep the set
- * of address spaces that have opened /dev/kvm, which is what mode `kvm` asks about, and count what the kernel
- * refuses before it asks. guard_sysctl() refuses the sysctls that would undo all this. tell() is where a decision
+ * decide() is the twin of decide() in policy.py: a row there is a row here. The other programs record who opens
+ * /dev/kvm, which is what mode `kvm` asks about (grants.h), and count what the kernel refuses before it asks. guard_sysctl() refuses the sysctls that would undo all this. tell() is where a decision
  * becomes an event.
  */
 #include "structures.h"
+#include "grants.h"
 #include <bpf/bpf_tracing.h>
 
 #define EPERM 1
 #define EACCES 13
-#define EEXIST 17
 
 #define USERFAULTFD_IOC_NEW 0xaa00
 #define UFFD_USER_MODE_ONLY 1
@@ -53,10 +52,9 @@ struct tally {
 	__u64 native; /* refused by the kernel's own knob, before any hook */
 	__u64 let_pass; /* refused in audit: not really */
 	__u64 suppressed; /* events over a limit */
-	__u64 grants; /* address spaces in the map */
 	__u64 lost; /* grants that could not be recorded */
 	__u64 sysctl; /* writes of a sysctl that guard_sysctl() refused */
-	__u64 unused[4]; /* two cache lines in all */
+	__u64 unused[5]; /* two cache lines in all */
 };
 
 /*
@@ -103,18 +101,6 @@ struct enforcement {
 };
 
 volatile struct enforcement enforcement SEC(".data.enforcement") = {};
-
-/*
- * The address spaces that have opened /dev/kvm, by mm->context.ctx_id. The kernel never gives an id twice, so
- * an entry that outlives its address space, because the kernel skipped forget(), can grant nothing.
- */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 262144);
-	__uint(map_flags, BPF_F_NO_PREALLOC);
-	__type(key, __u64);
-	__type(value, __u8);
-} grants SEC(".maps");
 
 enum way {
 	WAY_SYSCALL,
@@ -275,13 +261,6 @@ static __always_inline int is_privileged(const struct cred *cred)
 	return has_capability(cred, CAP_SYS_PTRACE) && (cred->user_ns == seen_initial || is_initial(cred->user_ns));
 }
 
-static __always_inline int is_granted(struct task_struct *task)
-{
-	__u64 id = task->mm->context.ctx_id;
-
-	return bpf_map_lookup_elem(&grants, &id) != NULL;
-}
-
 static __always_inline enum reason reason_of(struct task_struct *task, union policy policy)
 {
 	if (is_privileged(task->cred))
@@ -430,17 +409,21 @@ static __noinline __u32 attend(struct task_struct *task, __u32 now)
 	return now;
 }
 
-static __noinline int note(enum reason reason, __u32 now)
+/* Returns the reason, which the strict question leaves no choice. */
+static __noinline enum reason note(enum reason reason, __u32 now)
 {
 	if (now & WITNESS) {
+		/* By capability, too: where there is no /dev/userfaultfd, nobody else passes the native check. */
+		if (now & STRICT)
+			reason = REASON_DISABLED;
 		witness.reason = reason;
 		witness.decisions++;
-		return 0;
+		return reason;
 	}
 	count(decisions[reason], 1);
 	if (reason < REASON_DISABLED)
 		tell(reason, now, 1);
-	return 0;
+	return reason;
 }
 
 static __noinline int refuse(enum reason reason, __u32 now)
@@ -494,7 +477,7 @@ int BPF_PROG(decide, struct inode *inode, const struct qstr *name, const struct 
 
 	reason = reason_of(task, (union policy){ .word = now });
 	if (now & SPECIAL)
-		note(reason, now);
+		reason = note(reason, now);
 	else
 		count(decisions[reason], 1);
 	if (reason >= REASON_DISABLED)
@@ -535,43 +518,36 @@ int BPF_PROG(native32, const struct pt_regs *regs, long ret)
 	return see_native(ret);
 }
 
-/* Returns whether the entry is new. */
-static __always_inline int record(__u64 id)
+/* TASK has opened /dev/kvm: so has everybody above it who has its address space, MM. */
+static __always_inline void record(struct task_struct *task, struct mm_struct *mm, __u64 exec_id)
 {
-	__u8 value = 1;
-	long error;
+	__u64 *grant;
+	int i;
 
-	if (!id || bpf_map_lookup_elem(&grants, &id))
-		return 0;
-	error = bpf_map_update_elem(&grants, &id, &value, BPF_NOEXIST);
-	if (error) {
-		if (error != -EEXIST) /* another thread has opened it too */
+	for (i = 0; i < GENERATIONS; i++) {
+		grant = bpf_task_storage_get(&grants, task->group_leader, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+		if (!grant)
 			count(lost, 1);
-		return 0;
+		else if (*grant <= exec_id) /* an ancestor may have opened it in a later program meanwhile */
+			*grant = exec_id + 1;
+		task = parent_of(task);
+		/* The id first: one that execs changes its address space before it. */
+		exec_id = *(volatile __u64 *)&task->self_exec_id;
+		if (!shares_mm(task, mm))
+			return;
 	}
-	count(grants, 1);
-	return 1;
-}
-
-static __always_inline void erase(__u64 id)
-{
-	if (bpf_map_lookup_elem(&grants, &id) && !bpf_map_delete_elem(&grants, &id))
-		count(grants, -1);
 }
 
 /* fexit, because only a successful open counts; misc_open, because it runs for misc devices alone. */
 SEC("fexit/misc_open")
 int BPF_PROG(grant, struct inode *inode, struct file *file, int ret)
 {
-	if (!ret && inode->i_rdev == KVM_RDEV)
-		record(bpf_get_current_task_btf()->mm->context.ctx_id);
-	return 0;
-}
+	struct task_struct *task;
 
-SEC("fentry/exit_mmap")
-int BPF_PROG(forget, struct mm_struct *mm)
-{
-	erase(mm->context.ctx_id);
+	if (!ret && inode->i_rdev == KVM_RDEV) {
+		task = bpf_get_current_task_btf();
+		record(task, task->mm, task->self_exec_id);
+	}
 	return 0;
 }
 
@@ -580,20 +556,34 @@ SEC("iter/task_file")
 int seed(struct bpf_iter__task_file *ctx)
 {
 	struct task_struct *task = ctx->task;
-	struct file *file = ctx->file;
+	struct file *file = ctx->file, **files, *still = NULL;
 	struct mm_struct *mm;
-	__u64 id;
+	__u64 exec_id;
 
 	if (!task || !file || (file->f_mode & FMODE_PATH) || !is_kvm(file))
 		return 0;
-
-	mm = task->mm;
-	if (!mm)
+	/* An exec closes files before it raises the id: one that is still open is open to the program of this id. */
+	exec_id = *(volatile __u64 *)&task->self_exec_id;
+	files = BPF_CORE_READ(task, files, fdt, fd);
+	if (bpf_probe_read_kernel(&still, sizeof(still), &files[ctx->fd]) || still != file)
 		return 0;
-	id = mm->context.ctx_id;
-	/* The task may have left this address space meanwhile, and forget() may have come before the entry. */
-	if (record(id) && *(struct mm_struct *volatile *)&task->mm != mm)
-		erase(id);
+	mm = task->mm;
+	if (mm) /* no kernel thread, and not at its end */
+		record(task, mm, exec_id);
+	return 0;
+}
+
+/* Those who are granted: the process of each thread that would be allowed. */
+SEC("iter/task")
+int granted(struct bpf_iter__task *ctx)
+{
+	struct task_struct *task = ctx->task;
+	int tgid;
+
+	if (!task || !task->mm || !is_granted(task))
+		return 0;
+	tgid = task->tgid;
+	bpf_seq_write(ctx->meta->seq, &tgid, sizeof(tgid));
 	return 0;
 }
 

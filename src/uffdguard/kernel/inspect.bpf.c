@@ -5,16 +5,9 @@
  * Two iterators that write records for inspect.py; nothing here is attached to a hook.
  */
 #include "structures.h"
+#include "grants.h" /* guard.bpf.c's map in its place, where a policy is in force; else one that is empty */
 
 #define ANON_INODE_FS_MAGIC 0x09041934
-
-/* The map of guard.bpf.c in its place, where a policy is in force; otherwise this one, which stays empty. */
-struct {
-	__uint(type, BPF_MAP_TYPE_HASH);
-	__uint(max_entries, 1);
-	__type(key, __u64);
-	__type(value, __u8);
-} grants SEC(".maps");
 
 /*
  * The records, which layout.py has as well. They are global for their types to be in this object's BTF; each load has
@@ -46,21 +39,15 @@ int threads(struct bpf_iter__task *ctx)
 {
 	struct task_struct *task = ctx->task;
 	const struct cred *cred;
-	struct mm_struct *mm;
-	__u64 id;
 
-	if (!task)
+	if (!task || !task->mm) /* the kernel's own, or at its end */
 		return 0;
-	mm = task->mm;
-	if (!mm) /* the kernel's own, or at its end */
-		return 0;
-	id = mm->context.ctx_id;
 	cred = task->real_cred; /* not what it acts by for the time of a system call */
 
 	thread.tgid = task->tgid;
 	thread.tid = task->pid;
 	thread.uid = cred->euid.val;
-	thread.granted = bpf_map_lookup_elem(&grants, &id) != NULL;
+	thread.granted = is_granted(task);
 	thread.effective = has_capability(cred, CAP_SYS_PTRACE);
 	thread.initial = cred->user_ns->level == 0;
 	bpf_probe_read_kernel_str(thread.comm, sizeof(thread.comm), task->group_leader->comm);

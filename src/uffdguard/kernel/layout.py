@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_char, c_int32, c_int64, c_uint8, c_uint32, c_uint64
+from ctypes import c_char, c_int32, c_uint8, c_uint32, c_uint64
 from typing import TYPE_CHECKING, Any, get_args
 
 from uffdguard.errors import Failure
@@ -32,17 +32,16 @@ class Word(ctypes.Structure):
 
 
 class Tally(ctypes.Structure):
-    """``struct tally``: what has been decided since the first start, and the grants; a part of it, or all."""
+    """``struct tally``: what has been decided since the first start, on some CPUs or on all."""
 
     _fields_ = (
         ("decisions", c_uint64 * len(REASONS)),
         ("native", c_uint64),
         ("let_pass", c_uint64),
         ("suppressed", c_uint64),
-        ("grants", c_int64),
         ("lost", c_uint64),
         ("sysctl", c_uint64),
-        ("unused", c_uint64 * 4),
+        ("unused", c_uint64 * 5),
     )
 
     def by_reason(self) -> dict[Reason, int]:
@@ -59,8 +58,7 @@ class Counts(ctypes.Structure):
         """Return the sum of all."""
         numbers = ctypes.sizeof(Tally) // 8
         all_of = memoryview(self).cast("B").cast("Q").tolist()
-        # A grant may be counted on one CPU and taken away on another.
-        sums = (sum(all_of[number::numbers]) & 0xFFFFFFFFFFFFFFFF for number in range(numbers))
+        sums = (sum(all_of[number::numbers]) for number in range(numbers))
         return Tally.from_buffer((c_uint64 * numbers)(*sums))
 
 

@@ -135,6 +135,7 @@ def library() -> ctypes.CDLL:
         "bpf_program__set_autoload": [c_void_p, c_bool],
         "bpf_program__set_attach_target": [c_void_p, c_int, c_char_p],
         "bpf_map__fd": [c_void_p],
+        "bpf_map__type": [c_void_p],
         "bpf_map__reuse_fd": [c_void_p, c_int],
         "bpf_map__value_size": [c_void_p],
         "bpf_map__max_entries": [c_void_p],
@@ -258,6 +259,12 @@ class Object:
     def map_size(self, name: str) -> tuple[int, int]:
         """Return the size of a value in bytes and the number of entries of map NAME."""
         return _call("bpf_map__value_size", self._map(name)), _call("bpf_map__max_entries", self._map(name))
+
+    def fits(self, name: str, fd: int) -> bool:
+        """Tell whether the existing map FD is of the type and size of map NAME."""
+        found = info(fd, MapInfo)
+        wanted = (_call("bpf_map__type", self._map(name)), *self.map_size(name))
+        return (found.type, found.value_size, found.max_entries) == wanted
 
     def enumerators(self, name: str) -> dict[str, int]:
         """Return the enumerators of ``enum NAME`` in the object's BTF."""

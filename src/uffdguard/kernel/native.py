@@ -44,6 +44,7 @@ MOUNTS = Path("/proc/self/mountinfo")
 DEV_KVM = Path("/dev/kvm")
 KVM_NUMBER = os.makedev(10, 232)  # MISC_MAJOR, KVM_MINOR
 DEV_USERFAULTFD = Path("/dev/userfaultfd")
+CAP_SYS_PTRACE = 19
 #: The module that has the driver of /dev/kvm; there too when it is built in.
 LOADED_KVM = Path("/sys/module/kvm")
 MODULES = Path("/lib/modules")
@@ -385,8 +386,10 @@ def in_initial(kind: str) -> bool:
     return Path(f"/proc/self/ns/{kind}").stat().st_ino == INITIAL_NAMESPACES[kind]
 
 
-def drop_capabilities() -> None:
+def drop_capabilities(*, permitted: int = 0) -> None:
     """Give up all capabilities of this process, capset(2), and for good: an exec gives root none back.
+
+    :param permitted: a set of those that :func:`set_effective` may take again.
 
     No other process without CAP_SYS_PTRACE may trace it then, nor read its memory, though it has the same user.
     """
@@ -395,10 +398,18 @@ def drop_capabilities() -> None:
     # Fails for a process without CAP_SETPCAP, which has no capabilities to get back either.
     _libc().prctl(pr_set_securebits, noroot_locked, 0, 0, 0)
     _libc().prctl(pr_set_no_new_privs, 1, 0, 0, 0)
-    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
-    if _libc().capset(header, (ctypes.c_uint32 * 6)()):
-        raise _error()
+    set_effective(0, permitted=permitted)
     if _libc().prctl(pr_set_dumpable, 0, 0, 0, 0):
+        raise _error()
+
+
+def set_effective(effective: int, *, permitted: int) -> None:
+    """Set the capabilities of this process, of the lower 32.
+
+    :raises OSError: with the kernel's errno; EPERM where it has not those that are to be permitted.
+    """
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
+    if _libc().capset(header, (ctypes.c_uint32 * 6)(effective, permitted)):
         raise _error()
 
 

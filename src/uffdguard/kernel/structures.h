@@ -14,10 +14,6 @@
 
 #pragma clang attribute push(__attribute__((preserve_access_index)), apply_to = record)
 
-typedef struct {
-	__u64 ctx_id; /* arch/x86/include/asm/mmu.h: unique for ever, never 0 */
-} mm_context_t;
-
 struct super_block {
 	__u32 s_dev;
 	unsigned long s_magic;
@@ -49,8 +45,15 @@ struct file {
 	struct inode *f_inode;
 };
 
+struct fdtable {
+	struct file **fd;
+};
+
+struct files_struct {
+	struct fdtable *fdt;
+};
+
 struct mm_struct {
-	mm_context_t context;
 	struct file *exe_file;
 };
 
@@ -97,7 +100,10 @@ struct task_struct {
 	struct mm_struct *mm;
 	int pid;
 	int tgid;
+	struct task_struct *real_parent;
 	struct task_struct *group_leader;
+	struct files_struct *files;
+	__u64 self_exec_id;
 	const struct cred *real_cred;
 	const struct cred *cred;
 	char comm[16];
@@ -119,6 +125,7 @@ struct bpf_iter__task {
 struct bpf_iter__task_file {
 	struct bpf_iter_meta *meta;
 	struct task_struct *task;
+	__u32 fd;
 	struct file *file;
 };
 
