@@ -14,6 +14,10 @@ DEBIAN_PACKAGES = busybox-static chromium clang crun file groff-base kmod libbpf
 # What `make deb` and `make test-boot` need on top.
 DEB_PACKAGES = clang debhelper debootstrap dh-python dpkg-dev libbpf-dev libc6-dev lintian python3-click python3-pip
 
+# What arm64 in the lab needs on top: QEMU, and what compiles for it.
+ARM64_PACKAGES = binutils-arm-linux-gnueabihf gcc-aarch64-linux-gnu libc6-dev-arm64-cross linux-libc-dev-armhf-cross \
+	qemu-system-arm
+
 # Seconds that `make fuzz` takes for each of its TARGETS; all without a name.
 SECONDS ?= 60
 
@@ -33,14 +37,16 @@ QUICK = rcupdate.rcu_expedited=1 mitigations=off init_on_alloc=0 hardened_userco
 # With the system calls of x32, which Debian's kernels have but turn off, so that they are tried too.
 LAB = $(VENV)/uffdguard lab --cpus 2 --memory 2G $(addprefix --append ,syscall.x32=y $(QUICK)) \
 	--timeout $(TIMEOUT) --kernel
+LAB64 = $(VENV)/uffdguard lab --arch arm64 --cpus 2 --memory 2G $(addprefix --append ,$(filter-out no5lvl,$(QUICK))) \
+	--timeout $(TIMEOUT) --kernel
 
 # The VM cannot write beside the sources: it would compile them anew at each start of Python, and the tests once more
 # than that, as pytest has them. What does not compile fails there.
 COMPILE = $(VENV)/python -m compileall -q src tests; \
 	env -u PYTHONDONTWRITEBYTECODE $(VENV)/pytest --collect-only -q $(SUITES) >/dev/null || :
 
-.PHONY: all setup packages packages-deb demo test test-unit test-host test-vm test-cost test-long test-clients-long \
-	test-matrix test-mutations test-boot bench bench-programs dashboard fuzz lint format wheel deb clean
+.PHONY: all setup packages packages-arm64 packages-deb demo test test-unit test-host test-vm test-cost test-long test-clients-long \
+	test-arm64 test-matrix test-mutations test-boot bench bench-programs dashboard fuzz lint format wheel deb deb-arm64 clean
 
 all: setup $(OBJECTS) build/actor build/driver build/driver32
 
@@ -64,7 +70,7 @@ packages:
 	$(VENV)/python -m pip install -q $(call group,fuzz)
 	touch $@
 
-%.bpf.o: %.bpf.c src/uffdguard/kernel/structures.h src/uffdguard/kernel/grants.h hatch_build.py | packages
+%.bpf.o: %.bpf.c $(wildcard src/uffdguard/kernel/*.h src/uffdguard/kernel/arch/*.h) hatch_build.py | packages
 	$(PYTHON) hatch_build.py $< $@
 
 build/subjects.bpf.o: bench/subjects.bpf.c src/uffdguard/kernel/structures.h src/uffdguard/kernel/grants.h hatch_build.py | packages
@@ -82,6 +88,28 @@ build/driver build/driver32: tests/vm/driver.c | packages
 	@mkdir -p build
 	clang $(if $(filter %32,$@),-m32) -O1 -g -Wall -Wextra -Werror -ffreestanding -fno-stack-protector -fno-pic -static \
 		-nostdlib -idirafter /usr/include/x86_64-linux-gnu -o $@ $<
+
+# The same for arm64; the 32-bit one is of its own instruction set.
+build/arm64/actor: tests/vm/actor.c | packages-arm64
+	@mkdir -p $(@D)
+	clang --target=aarch64-linux-gnu -O1 -g -Wall -Wextra -Werror -pthread -static -o $@ $<
+
+build/arm64/driver: CROSS = --target=aarch64-linux-gnu -idirafter /usr/aarch64-linux-gnu/include
+build/arm64/driver32: CROSS = --target=armv7ve-linux-gnueabihf -idirafter /usr/arm-linux-gnueabihf/include \
+	--ld-path=/usr/bin/arm-linux-gnueabihf-ld
+build/arm64/driver build/arm64/driver32: tests/vm/driver.c | packages-arm64
+	@mkdir -p $(@D)
+	clang $(CROSS) -O1 -g -Wall -Wextra -Werror -ffreestanding -fno-stack-protector -fno-pic -static -nostdlib -o $@ $<
+
+# The environment serves arm64 too: what is compiled of its modules has the machine in its name and lies beside.
+.venv/arm64-ready: .venv/ready | packages-arm64
+	rm -rf build/arm64/python
+	$(VENV)/python -m pip install -q --target build/arm64/python --no-deps --only-binary :all: \
+		--platform manylinux2014_aarch64 --platform manylinux_2_28_aarch64 \
+		$$($(VENV)/python -m pip freeze --exclude-editable | grep -E '^(hypothesis|msgspec)==')
+	cd build/arm64/python && find . -name '*.so' -exec cp --parents -t \
+		$$($(CURDIR)/$(VENV)/python -c 'from sysconfig import get_path; print(get_path("purelib"))') {} +
+	touch $@
 
 # What tests/clients runs and the Debian of this machine does not have.
 build/newer build/selftests: tests/clients/fetch.py | setup
@@ -128,8 +156,15 @@ test-vm-%: all build/newer build/selftests
 	@$(COMPILE)
 	$(LAB) $* -- $(VENV)/pytest $(or $(TESTS),$(SUITES))
 
+# On arm64, where the oldest that can is 6.12 and 6.1 is refused.
+test-arm64: $(KERNELS:%=test-arm64-%)
+
+test-arm64-%: all build/arm64/actor build/arm64/driver build/arm64/driver32 .venv/arm64-ready
+	@$(COMPILE)
+	$(LAB64) $* -- $(VENV)/pytest $(or $(TESTS),$(SUITES))
+
 # On every kernel line of the lab, those that are refused too: an hour or more. Without TESTS it writes docs/kernels.md.
-test-matrix: all build/newer build/selftests
+test-matrix: all build/newer build/selftests | packages-arm64
 	$(VENV)/python tests/matrix.py $(or $(TESTS),--write docs/kernels.md $(SUITES) tests/refused)
 
 # The model against the kernel for STEPS steps, and address spaces in the same memory: an hour or so.
@@ -170,17 +205,24 @@ format: all
 wheel: all
 	$(VENV)/python -m build --wheel
 
-# The Debian package, in dist/.
+# The Debian package, in dist/; that of another ARCH is cross-built.
+ARCH ?= $(shell dpkg --print-architecture)
 deb: packages-deb
-	rm -rf build/deb dist/*.deb
+	rm -rf build/deb dist/uffdguard_*_$(ARCH).deb
 	mkdir -p build/deb/uffdguard dist
 	git ls-files -z -co --exclude-standard | xargs -0 cp --parents -t build/deb/uffdguard
 	cp -r packaging/debian build/deb/uffdguard/
 	printf 'uffdguard (%s) bookworm; urgency=medium\n\n  * See CHANGELOG.md.\n\n -- %s  %s\n' \
 		"$(VERSION)" "uffdguard developers <uffdguard@localhost>" "$$(date -R)" >build/deb/uffdguard/debian/changelog
-	cd build/deb/uffdguard && dpkg-buildpackage -us -uc -b
+	cd build/deb/uffdguard && dpkg-buildpackage -us -uc -b -a$(ARCH)
+	lintian --fail-on error,warning build/deb/*.deb
 	mv build/deb/*.deb dist/
-	lintian --fail-on error,warning dist/*.deb
+
+deb-arm64: packages-arm64
+	@$(MAKE) --no-print-directory deb ARCH=arm64
+
+packages-arm64:
+	@$(MAKE) --no-print-directory packages DEBIAN_PACKAGES="$(ARM64_PACKAGES)"
 
 packages-deb:
 	@$(MAKE) --no-print-directory packages DEBIAN_PACKAGES="$(DEB_PACKAGES)"

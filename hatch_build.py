@@ -29,7 +29,7 @@ def compile_bpf(source: Path, target: Path) -> None:
 
 
 class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
-    """Puts the objects into the wheel, and the machine's name on it: registers are read, so it is not portable."""
+    """Puts the objects into the wheel, and the machines' names on it: on others nothing knows the registers."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile before the files are collected."""
@@ -37,7 +37,7 @@ class CustomBuildHook(BuildHookInterface):  # type: ignore[type-arg]
             for name in SOURCES:
                 source = Path(self.root, name)
                 compile_bpf(source, source.with_suffix(".o"))
-            build_data["tag"] = "py3-none-linux_x86_64"
+            build_data["tag"] = "py3-none-linux_aarch64.linux_x86_64"
 
 
 if __name__ == "__main__":

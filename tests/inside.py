@@ -38,8 +38,11 @@ USER = 1000
 #: The group that may open /dev/kvm where not everybody may.
 KVM_GROUP = 36
 
-BUILD = Path(__file__).parents[1] / "build"
+BUILD = Path(__file__).parents[1] / "build" / {"aarch64": "arm64"}.get(os.uname().machine, "")
 ACTOR = Path("/run/actor")
+
+#: How an event names the actor's int80: on arm64 a 64-bit program has one way only. The model has 32-bit programs.
+INT80 = "compat" if os.uname().machine == "x86_64" else "syscall"
 
 #: Which preemption model the kernel runs by; each can be chosen at run time.
 PREEMPT = Path("/sys/kernel/debug/sched/preempt")

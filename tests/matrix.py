@@ -18,9 +18,16 @@ from pathlib import Path
 from uffdguard import __version__
 from uffdguard.errors import Failure
 from uffdguard.lab import kernels
+from uffdguard.lab.architectures import AMD64, ARM64, Architecture
 
 REFUSED = "tests/refused"
 LOGS = Path("build/matrix")
+
+#: What is tried: all lines of amd64; of arm64 the oldest that can, the one before it and the newest.
+ROWS = (
+    *((line, AMD64) for line in kernels.LINES),
+    *((line, ARM64) for line in (kernels.find_line("6.1"), kernels.oldest(ARM64), kernels.NEWEST)),
+)
 
 DOCUMENT = """\
 # The kernels
@@ -57,15 +64,16 @@ def summary(status: int, log: str) -> Result:
     return Result(passed, f"{counts}, {minutes}:{rest:02}")
 
 
-def run(line: str, suite: str) -> Result:
-    """Run SUITE on LINE, as `make test-vm` does; on a failure show all that it printed."""
-    log = LOGS / f"{line}-{suite.replace('/', '-')}.log"
+def run(line: str, architecture: Architecture, suite: str) -> Result:
+    """Run SUITE on LINE, as `make test-vm` or `make test-arm64` does; on a failure show all that it printed."""
+    target = f"test-{'vm' if architecture == AMD64 else architecture.name}-{line}"
+    log = LOGS / f"{target}-{suite.replace('/', '-')}.log"
     with log.open("wb") as file:
-        command = ["make", "--no-print-directory", f"test-vm-{line}", f"TESTS={suite}"]
+        command = ["make", "--no-print-directory", target, f"TESTS={suite}"]
         status = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT).returncode
     text = log.read_text(errors="replace")
     result = summary(status, text)
-    print(f"{'' if result.passed else text}Linux {line}, {suite}: {result.text}", flush=True)
+    print(f"{'' if result.passed else text}Linux {line} on {architecture.name}, {suite}: {result.text}", flush=True)
     return result
 
 
@@ -75,8 +83,12 @@ def debian_version(kernel: kernels.Kernel) -> str:
     Documentation/arch/x86/boot.rst has it that kernel_version, at 0x20e, is where the image's own words are.
     """
     image = kernel.image.read_bytes()
-    words = image[0x200 + int.from_bytes(image[0x20E:0x210], "little") :].split(b"\0", 1)[0].decode().split()
-    return words[words.index("Debian") + 1]
+    if kernel.architecture == ARM64:  # not compressed
+        words = image[image.index(b"#1 SMP ") :]
+    else:
+        words = image[0x200 + int.from_bytes(image[0x20E:0x210], "little") :]
+    version: str = re.findall(r"Debian (\d\S+)", words.split(b"\0", 1)[0].decode())[0]
+    return version
 
 
 def table(rows: list[list[str]]) -> str:
@@ -94,24 +106,24 @@ def main() -> int:
     arguments = parser.parse_args()
     suites: list[str] = arguments.suites
 
-    found = {line: kernels.get(line.name) for line in kernels.LINES}
+    found = {row: kernels.get(row[0].name, row[1]) for row in ROWS}
     LOGS.mkdir(parents=True, exist_ok=True)
     pool = ThreadPoolExecutor(2)
     try:
         results = {
-            (line, suite): pool.submit(run, kernels.line_name(kernel.release), suite)
-            for line, kernel in found.items()
+            (row, suite): pool.submit(run, kernels.line_name(kernel.release), row[1], suite)
+            for row, kernel in found.items()
             for suite in suites
-            if suite.startswith(REFUSED) != line.supported
+            if suite.startswith(REFUSED) != row[0].supported(row[1])
         }
         passed = all(result.result().passed for result in results.values())
     finally:
         pool.shutdown(cancel_futures=True)
 
     rows = [["line", "policy", "kernel", "version in Debian", *suites]]
-    for line, kernel in found.items():
-        name, told = kernels.line_name(kernel.release), "supported" if line.supported else "refused"
-        cells = [results[line, suite].result().text if (line, suite) in results else "" for suite in suites]
+    for row, kernel in found.items():
+        name, told = kernels.line_name(kernel.release), "supported" if row[0].supported(row[1]) else "refused"
+        cells = [results[row, suite].result().text if (row, suite) in results else "" for suite in suites]
         rows.append([name, told, kernel.release, debian_version(kernel), *cells])
     command = "make test-matrix" if arguments.write else f"make test-matrix TESTS='{' '.join(suites)}'"
     document = DOCUMENT.format(command=command, date=time.strftime("%Y-%m-%d"), version=__version__, table=table(rows))

@@ -33,7 +33,7 @@ class Abi(StrEnum):
     """How the kernel is entered."""
 
     NATIVE_64 = "64"
-    INT80 = "int80"
+    INT80 = "int80"  # on arm64: svc of a 32-bit program
     X32 = "x32"
 
     @property
@@ -51,22 +51,46 @@ class Abi(StrEnum):
 
 #: The numbers of the 64-bit and of the 32-bit system calls.
 NUMBERS = {
-    "capget": (125, 184),
-    "capset": (126, 185),
-    "close": (3, 6),
-    "dup": (32, 41),
-    "exit": (60, 1),
-    "exit_group": (231, 252),
-    "getpid": (39, 20),
-    "ioctl": (16, 54),
-    "open": (2, 5),
-    "openat": (257, 295),
-    "openat2": (437, 437),
-    "ptrace": (101, 26),
-    "setresuid": (117, 208),
-    "unshare": (272, 310),
-    "userfaultfd": (323, 374),
-}
+    "x86_64": {
+        "capget": (125, 184),
+        "capset": (126, 185),
+        "close": (3, 6),
+        "dup": (32, 41),
+        "exit": (60, 1),
+        "exit_group": (231, 252),
+        "getpid": (39, 20),
+        "ioctl": (16, 54),
+        "open": (2, 5),
+        "openat": (257, 295),
+        "openat2": (437, 437),
+        "ptrace": (101, 26),
+        "setresuid": (117, 208),
+        "unshare": (272, 310),
+        "userfaultfd": (323, 374),
+    },
+    "aarch64": {
+        "capget": (90, 184),
+        "capset": (91, 185),
+        "close": (57, 6),
+        "dup": (23, 41),
+        "exit": (93, 1),
+        "exit_group": (94, 248),
+        "getpid": (172, 20),
+        "ioctl": (29, 54),
+        "openat": (56, 322),
+        "openat2": (437, 437),
+        "ptrace": (117, 26),
+        "setresuid": (147, 208),
+        "unshare": (97, 337),
+        "userfaultfd": (282, 388),
+    },
+}[os.uname().machine]
+
+
+#: How a 64-bit program can enter the kernel.
+ABIS = tuple(Abi) if os.uname().machine == "x86_64" else (Abi.NATIVE_64,)
+
+AT_FDCWD = -100
 
 
 class Kind(IntEnum):
@@ -214,6 +238,8 @@ class Subject:
     def call(self, name: str, *arguments: int | At, data: bytes = b"", abi: Abi | None = None) -> int:
         """Make a system call; return the result, an errno negative."""
         abi = abi or self.abi
+        if name not in NUMBERS:  # no open(2) on arm64
+            name, arguments = "openat", (AT_FDCWD, *arguments)
         registers = dict(zip(abi.arguments, arguments, strict=False)) | {"ax": abi.number(name)}
         result: int = self.enter(abi, registers, data).result
         return result

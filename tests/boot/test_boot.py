@@ -53,7 +53,7 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("machine")
     root = folder / "root"
     subprocess.run(["cp", "-a", base(), root], check=True)
-    (first,) = (ROOT / "dist").glob("uffdguard_*.deb")
+    (first,) = (ROOT / "dist").glob("uffdguard_*_amd64.deb")
     shutil.copy(first, root / "root/uffdguard_1_amd64.deb")
     repack(first, root / "root/uffdguard_2_amd64.deb", folder)
     shutil.copy(ROOT / "build/actor", root / "root/actor")

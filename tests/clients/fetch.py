@@ -40,17 +40,10 @@ def newer(directory: Path) -> None:
     """Unpack the newer programs with all that they depend on."""
     suites, packages = NEWER
     apt = Apt(suites)
-    # As if nothing were installed: the machine's libraries are older ones. apt locks the directory of that file.
-    status = apt.directory / "dpkg/status"
-    status.parent.mkdir(exist_ok=True)
-    status.touch()
-    alone = [apt.get, *apt.suites_only, "-o", f"Dir::State::status={status}", "-o", "APT::Install-Recommends=0"]
     with (apt.directory / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         apt.update()
-        output([*alone, "autoclean"])  # what was fetched when the archive had older versions
-        output([*alone, "-qy", "--download-only", "install", *packages])
-        for deb in (apt.directory / "cache/archives").glob("*.deb"):
+        for deb in apt.closure(packages, "newer programs"):
             output(["dpkg-deb", "-x", deb, directory])
 
 

@@ -17,20 +17,63 @@ from qemu.qmp.legacy import QEMUMonitorProtocol
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-#: The guest: a boot sector that adds 1 to the first four bytes of each of 128 pages, round and round, so that
-#: memory is written during the migration and the destination must fault pages in.
-GUEST = bytes.fromhex(
-    "fa"  # cli
-    "bb0010"  # round: mov bx, 0x1000
-    "8ec3"  # next: mov es, bx
-    "6626ff060000"  # inc dword [es:0]
-    "81c30001"  # add bx, 0x100: one page
-    "81fb0090"  # cmp bx, 0x9000
-    "72ee"  # jb next
-    "ebe9"  # jmp round
-).ljust(510, b"\0") + bytes.fromhex("55aa")
-#: Physical addresses of the first and the last counter that the guest adds to.
-COUNTERS = (0x10000, 0x8F000)
+
+@dataclass(frozen=True)
+class Board:
+    """The machine that QEMU is, and a guest for it.
+
+    The guest adds 1 to the first four bytes of each of 128 pages, round and round, so that memory is written during the
+    migration and the destination must fault pages in.
+    """
+
+    qemu: str
+    options: Sequence[str]
+    guest: bytes
+    load: str  # the option that has the guest run; FILE is where it is
+    first: int  # the physical address of the first counter
+
+    @property
+    def counters(self) -> tuple[int, int]:
+        """The physical addresses of the first and the last counter."""
+        return self.first, self.first + 127 * 4096
+
+
+BOARD = {
+    "x86_64": Board(
+        "qemu-system-x86_64",
+        ("-machine", "pc", "-cpu", "max"),
+        bytes.fromhex(
+            "fa"  # cli
+            "bb0010"  # round: mov bx, 0x1000
+            "8ec3"  # next: mov es, bx
+            "6626ff060000"  # inc dword [es:0]
+            "81c30001"  # add bx, 0x100: one page
+            "81fb0090"  # cmp bx, 0x9000
+            "72ee"  # jb next
+            "ebe9"  # jmp round
+        ).ljust(510, b"\0")
+        + bytes.fromhex("55aa"),
+        "-drive file=FILE,format=raw,if=ide,snapshot=on",
+        0x10000,
+    ),
+    "aarch64": Board(
+        "qemu-system-aarch64",
+        ("-machine", "virt,gic-version=3", "-cpu", "host"),
+        bytes.fromhex(
+            "0020a8d2"  # round: movz x0, #0x4100, lsl #16
+            "011080d2"  # mov x1, #128
+            "020040b9"  # next: ldr w2, [x0]
+            "42040011"  # add w2, w2, #1
+            "020000b9"  # str w2, [x0]
+            "00044091"  # add x0, x0, #0x1000: one page
+            "210400f1"  # subs x1, x1, #1
+            "61ffff54"  # b.ne next
+            "f8ffff17"  # b round
+        ),
+        "-kernel FILE",
+        0x41000000,
+    ),
+}[os.uname().machine]
 
 #: Bytes a second, so slow that a migration without postcopy could not end: the guest writes more than that.
 BANDWIDTH = 256 * 1024
@@ -41,7 +84,7 @@ SECONDS = 120
 #: Where disks, images and sockets are. Containers have it too.
 WORK = Path("/run/machines")
 
-QEMU = ("qemu-system-x86_64",)
+QEMU = (BOARD.qemu,)
 
 
 @dataclass(frozen=True)
@@ -49,7 +92,7 @@ class Migration:
     """A migration that has completed, and the guest that goes on at its destination."""
 
     requests: int  # pages that the destination asked for, each by a fault
-    before: tuple[int, ...]  # COUNTERS when the source had stopped
+    before: tuple[int, ...]  # the counters when the source had stopped
     after: tuple[int, ...]  # and later at the destination
 
 
@@ -57,7 +100,7 @@ class Migration:
 class Snapshot:
     """A background snapshot that has completed, and the guest that went on meanwhile."""
 
-    before: tuple[int, ...]  # COUNTERS when it was asked for
+    before: tuple[int, ...]  # the counters when it was asked for
     taken: tuple[int, ...]  # in the snapshot, as another QEMU loaded it
     after: tuple[int, ...]  # in the guest when the last page was written
 
@@ -82,12 +125,12 @@ class Qemu:
     def __init__(self, stack: ExitStack, folder: Path, machine: Machine, *options: str) -> None:
         number = len(list(folder.iterdir()))
         disk, monitor = folder / f"disk{number}", folder / f"monitor{number}"
-        disk.write_bytes(GUEST)
+        disk.write_bytes(BOARD.guest)
         os.truncate(disk, 1 << 20)
         self.monitor = QEMUMonitorProtocol(str(monitor), server=True)
         monitor.chmod(0o666)
-        argv = [*machine.command, "-accel", machine.accelerator, "-machine", "pc", "-cpu", "max", "-m", "64M"]
-        argv += ["-nodefaults", "-display", "none", "-drive", f"file={disk},format=raw,if=ide,snapshot=on"]
+        argv = [*machine.command, "-accel", machine.accelerator, *BOARD.options, "-m", "64M"]
+        argv += ["-nodefaults", "-display", "none", *BOARD.load.replace("FILE", str(disk)).split()]
         argv += ["-chardev", f"socket,id=monitor,path={monitor}", "-mon", "chardev=monitor,mode=control"]
         self.stderr = stack.enter_context(tempfile.TemporaryFile("w+"))  # noqa: SIM115
         self.process = stack.enter_context(
@@ -156,7 +199,7 @@ class Qemu:
 
     def counters(self) -> tuple[int, ...]:
         """Return the counters in the guest's memory."""
-        lines = [self.do("human-monitor-command", command_line=f"xp /1wx {address:#x}") for address in COUNTERS]
+        lines = [self.do("human-monitor-command", command_line=f"xp /1wx {address:#x}") for address in BOARD.counters]
         return tuple(int(line.split(":")[1], 16) for line in lines)
 
     def until(self, command: str, *wanted: str) -> Any:

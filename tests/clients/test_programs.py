@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -21,6 +22,9 @@ from uffdguard.state import status
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+if os.uname().machine != "x86_64":
+    pytest.skip("the programs are built for x86-64 here", allow_module_level=True)
 
 BUILD = Path(__file__).parents[2] / "build"
 NEWER = BUILD / "newer"

@@ -488,7 +488,7 @@ def archive(data: bytes) -> None:
     directories = [Path(name.replace("/", "")) for name in names if name.endswith("-amd64") and "\0" not in name]
     cache = SimpleNamespace(glob=lambda pattern: directories)
     apt = SimpleNamespace(names=lambda: names)
-    with replaced(kernels, cache=lambda: cache, Apt=lambda suites: apt), watch:
+    with replaced(kernels, cache=lambda: cache, Apt=lambda suites, architecture: apt), watch:
         kernels.archives("\n".join(names))
         list(kernels.table())
         try:

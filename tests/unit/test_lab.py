@@ -12,6 +12,7 @@ import pytest
 from uffdguard import cli
 from uffdguard.errors import Failure
 from uffdguard.lab import kernels, vm
+from uffdguard.lab.architectures import ARCHITECTURES, ARM64
 from uffdguard.lab.processes import output, process_group, reason
 
 if TYPE_CHECKING:
@@ -74,6 +75,31 @@ def test_the_highest_plain_kernel_of_a_line_is_chosen(word: str, release: str, p
     assert kernels.choose(OFFERED, kernels.find_line(word)) == (release, packages)
 
 
+def test_each_architecture_has_its_own_kernels(cache: Path) -> None:
+    offered = [*OFFERED, "linux-image-6.12.95+deb13-arm64", "linux-image-6.12.96+deb13-arm64-16k"]
+    line = kernels.find_line("oldest", ARM64)
+    assert line.name == "6.12"
+    assert kernels.choose(offered, line, ARM64) == ("6.12.95+deb13-arm64", ["linux-image-6.12.95+deb13-arm64"])
+    assert kernels.choose(offered, line)[0] == "6.12.90+deb12.1-amd64"
+    for release in ("6.12.90+deb12-amd64", "6.12.95+deb13-arm64"):
+        (cache / "kernels/6.12" / release).mkdir(parents=True)
+    for architecture in ARCHITECTURES.values():
+        kernel = kernels.cached(line, architecture)
+        assert kernel
+        assert kernel.architecture == architecture
+    assert "arch=arm64" in kernels.sources({"Debian": "https://one.example/debian/"}, ["trixie"], ARM64)
+
+
+def test_another_root_has_the_modules_and_our_directories_at_their_places(tmp_path: Path) -> None:
+    project, environment = tmp_path / "project", tmp_path / "project/.venv"
+    kernel = kernels.Kernel("6.12.95+deb13-arm64", tmp_path / "kernel")
+    words = vm.shares(kernel, tmp_path / "root", [project, environment])
+    assert f"--rodir={project}={project}" in words
+    assert f"--rodir=/usr/lib/modules={tmp_path}/kernel/lib/modules" in words
+    assert not [word for word in words if ".venv" in word]
+    assert (tmp_path / "root" / project.relative_to("/")).is_dir()
+
+
 def test_a_line_that_the_archive_does_not_have_is_told_with_its_suites() -> None:
     with pytest.raises(Failure, match=r"no Linux 6\.18 in trixie-backports"):
         kernels.choose(OFFERED, kernels.find_line("6.18"))
@@ -102,7 +128,7 @@ def test_the_archives_are_told_by_who_signed_for_them() -> None:
 
 def test_each_suite_comes_from_its_archive_and_must_be_signed() -> None:
     uris = {"Debian": "https://one.example/debian/", "Debian-Security": "https://one.example/security/"}
-    first, second = kernels.sources(uris, kernels.OLDEST.suites).splitlines()
+    first, second = kernels.sources(uris, kernels.oldest().suites).splitlines()
     assert first.endswith("https://one.example/debian/ bookworm main")
     assert second.endswith("https://one.example/security/ bookworm-security main")
     assert f"signed-by={kernels.KEYRING}" in first
@@ -110,7 +136,7 @@ def test_each_suite_comes_from_its_archive_and_must_be_signed() -> None:
 
 
 def test_a_machine_without_a_security_archive_does_without() -> None:
-    rows = kernels.sources({"Debian": "https://one.example/debian/"}, kernels.OLDEST.suites).splitlines()
+    rows = kernels.sources({"Debian": "https://one.example/debian/"}, kernels.oldest().suites).splitlines()
     assert [row.split()[-2] for row in rows] == ["bookworm"]
 
 
@@ -232,7 +258,7 @@ def test_what_stands_after_two_dashes_is_the_command(
         return 7
 
     monkeypatch.setattr(vm, "run", run)
-    monkeypatch.setattr(kernels, "get", lambda word: word)
+    monkeypatch.setattr(kernels, "get", lambda word, architecture: word)
     monkeypatch.setattr("signal.signal", lambda *arguments: None)
     assert run_cli(capsys, "--", "kernels", "--json")[0] == 7
     assert run_cli(capsys, "--kernel", "6.1", "--count-instructions", "--", "a", "--", "--cpus")[0] == 7

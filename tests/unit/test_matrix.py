@@ -11,16 +11,20 @@ import pytest
 import readme
 
 from uffdguard.kernel import features
-from uffdguard.lab import kernels
+from uffdguard.lab import architectures, kernels
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from uffdguard.lab.architectures import Architecture
+
     Whole = Callable[..., tuple[int, list[tuple[str, str]]]]
 
 PAGE = readme.ROOT / "docs/kernels.md"
-RELEASES = {line: kernels.Kernel(f"{line.name}.9-amd64", Path("/none")) for line in kernels.LINES[:-1]}
-RELEASES[kernels.NEWEST] = kernels.Kernel("7.9.9-amd64", Path("/none"))
+RELEASES = {
+    (line, architecture): kernels.Kernel(f"{line.name.replace('x', '9')}.9-{architecture.name}", Path("/none"))
+    for line, architecture in matrix.ROWS
+}
 
 
 def rows(text: str) -> list[list[str]]:
@@ -31,17 +35,20 @@ def rows(text: str) -> list[list[str]]:
 
 def test_the_documented_lines_are_those_of_the_table_with_what_is_refused() -> None:
     found = rows(PAGE.read_text())
-    assert len(found) == len(kernels.LINES)
-    for (name, policy, release, *_), line in zip(found, kernels.LINES, strict=True):
+    for (name, policy, release, *_), (line, architecture) in zip(found, matrix.ROWS, strict=True):
         assert kernels.belongs(release, line)
-        assert (name, policy) == (kernels.line_name(release), "supported" if line.supported else "refused")
+        assert architectures.of_release(release) == architecture
+        assert (name, policy) == (
+            kernels.line_name(release),
+            "supported" if line.supported(architecture) else "refused",
+        )
 
 
 def test_the_oldest_supported_line_is_what_the_readme_and_the_product_say() -> None:
-    tried = tuple(name for name, policy, *_ in rows(PAGE.read_text()) if policy == "supported")
+    tried = tuple(name for name, policy, *_ in rows(PAGE.read_text())[: len(kernels.LINES)] if policy == "supported")
     assert tried == features.TRIED
-    assert f"It needs Linux {kernels.OLDEST.name} or newer" in (readme.ROOT / "README.md").read_text()
-    assert [line.supported for line in kernels.LINES] == sorted(line.supported for line in kernels.LINES)
+    assert f"It needs Linux {kernels.oldest().name} or newer" in (readme.ROOT / "README.md").read_text()
+    assert [line.supported() for line in kernels.LINES] == sorted(line.supported() for line in kernels.LINES)
 
 
 @pytest.mark.parametrize(
@@ -69,14 +76,14 @@ def whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Whole:
     def whole(failing: str = "") -> tuple[int, list[tuple[str, str]]]:
         ran = []
 
-        def run(line: str, suite: str) -> matrix.Result:
-            ran.append((line, suite))
+        def run(line: str, architecture: Architecture, suite: str) -> matrix.Result:
+            ran.append((f"{line}-{architecture.name}", suite))
             return matrix.Result(passed=line != failing, text="3 passed, 1 skipped, 0:05")
 
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(matrix, "run", run)
         monkeypatch.setattr(matrix, "debian_version", lambda kernel: "1-1")
-        monkeypatch.setattr(kernels, "get", lambda word: RELEASES[kernels.find_line(word)])
+        monkeypatch.setattr(kernels, "get", lambda word, architecture: RELEASES[kernels.find_line(word), architecture])
         monkeypatch.setattr(sys, "argv", ["matrix.py", "--write", "page", "tests/vm", "tests/refused"])
         return matrix.main(), sorted(ran)
 
@@ -85,9 +92,12 @@ def whole_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Whole:
 
 def test_each_line_runs_the_suites_that_are_for_it(whole_run: Whole, tmp_path: Path) -> None:
     status, ran = whole_run()
-    names = [kernels.line_name(RELEASES[line].release) for line in kernels.LINES]
-    expected = zip(names, kernels.LINES, strict=True)
-    assert ran == sorted((name, "tests/vm" if line.supported else "tests/refused") for name, line in expected)
+    names = [kernels.line_name(RELEASES[row].release) for row in matrix.ROWS]
+    expected = [
+        (f"{name}-{architecture.name}", "tests/vm" if line.supported(architecture) else "tests/refused")
+        for name, (line, architecture) in zip(names, matrix.ROWS, strict=True)
+    ]
+    assert ran == sorted(expected)
     assert status == 0
     written = rows((tmp_path / "page").read_text())
     assert [row[0] for row in written] == names
@@ -102,8 +112,11 @@ def test_a_failed_run_leaves_the_page_as_it_was(whole_run: Whole, tmp_path: Path
 
 
 def test_the_debian_version_is_read_from_the_image_itself(tmp_path: Path) -> None:
+    other = tmp_path / "boot/vmlinuz-6.12.9+deb13-arm64"
+    other.parent.mkdir()
+    other.write_bytes(bytes(64) + b"Linux version 6.12.9+deb13-arm64 #1 SMP PREEMPT Debian 6.12.9-1 (2026-11-20)\0rest")
+    assert matrix.debian_version(kernels.Kernel("6.12.9+deb13-arm64", tmp_path)) == "6.12.9-1"
     image = tmp_path / "boot/vmlinuz-6.1.0-9-amd64"
-    image.parent.mkdir()
     words = b"6.1.0-9-amd64 (debian-kernel@lists.debian.org) #1 SMP Debian 6.1.27-1 (2023-05-08)\0rest"
     image.write_bytes(bytes(0x20E) + (0x100).to_bytes(2, "little") + bytes(0xF0) + words)
     assert matrix.debian_version(kernels.Kernel("6.1.0-9-amd64", tmp_path)) == "6.1.27-1"

@@ -65,7 +65,15 @@ static void answer_and_close(long fd)
 		close(fd);
 }
 
-/* A 64-bit system call whose other registers the caller chooses: rbx is where another ABI has its flags. */
+/*
+ * A 64-bit system call whose other registers the caller chooses: the last is one where another ABI has its flags. And
+ * the 32-bit system call of a 64-bit program, where there is such a thing; di and si are where the 64-bit ABI has its
+ * arguments.
+ */
+#ifdef __x86_64__
+#define USERFAULTFD32 374
+#define IOCTL32 54
+
 static long syscall64(long nr, long di, long si, long dx, long bx)
 {
 	long result;
@@ -74,7 +82,6 @@ static long syscall64(long nr, long di, long si, long dx, long bx)
 	return result;
 }
 
-/* The 32-bit system call of a 64-bit program; rdi and rsi are where the 64-bit ABI has its arguments. */
 static long syscall32(long nr, long bx, long cx, long dx, long di, long si)
 {
 	long result;
@@ -85,6 +92,25 @@ static long syscall32(long nr, long bx, long cx, long dx, long di, long si)
 		     : "r8", "r9", "r10", "r11", "memory");
 	return (int)result;
 }
+#else
+#define USERFAULTFD32 SYS_userfaultfd
+#define IOCTL32 SYS_ioctl
+
+static long syscall64(long nr, long first, long second, long third, long other)
+{
+	register long number asm("x8") = nr, x0 asm("x0") = first, x1 asm("x1") = second, x2 asm("x2") = third;
+	register long x3 asm("x3") = other;
+
+	asm volatile("svc 0" : "+r"(x0) : "r"(number), "r"(x1), "r"(x2), "r"(x3) : "memory");
+	return x0;
+}
+
+static long syscall32(long nr, long first, long second, long third, long other, long unused)
+{
+	(void)unused;
+	return syscall64(nr, first, second, third, other);
+}
+#endif
 
 static int device(void)
 {
@@ -479,17 +505,17 @@ static void run(char **steps)
 		else if (IS("syscall-misleading")) /* the other places say user mode only */
 			answer_and_close(syscall64(SYS_userfaultfd, number, USERFAULTFD_IOC_NEW, 1, 1));
 		else if (IS("int80"))
-			answer_and_close(syscall32(374, number, 0, 0, 0, 0));
+			answer_and_close(syscall32(USERFAULTFD32, number, 0, 0, 0, 0));
 		else if (IS("int80-misleading"))
-			answer_and_close(syscall32(374, number, USERFAULTFD_IOC_NEW, 1, 1, USERFAULTFD_IOC_NEW));
+			answer_and_close(syscall32(USERFAULTFD32, number, USERFAULTFD_IOC_NEW, 1, 1, USERFAULTFD_IOC_NEW));
 		else if (IS("device"))
 			answer_and_close(syscall64(SYS_ioctl, device(), USERFAULTFD_IOC_NEW, number, 0));
 		else if (IS("device-misleading"))
 			answer_and_close(syscall64(SYS_ioctl, odd_device(), USERFAULTFD_IOC_NEW, number, 1));
 		else if (IS("device-int80"))
-			answer_and_close(syscall32(54, device(), USERFAULTFD_IOC_NEW, number, 0, 0));
+			answer_and_close(syscall32(IOCTL32, device(), USERFAULTFD_IOC_NEW, number, 0, 0));
 		else if (IS("device-int80-misleading"))
-			answer_and_close(syscall32(54, odd_device(), USERFAULTFD_IOC_NEW, number, 1, 1));
+			answer_and_close(syscall32(IOCTL32, odd_device(), USERFAULTFD_IOC_NEW, number, 1, 1));
 		else if (IS("flood")) /* by the device: it is no knob that refuses */
 			flood(number, device());
 		else if (IS("flood-after-kvm")) { /* from the first that is allowed on */

@@ -24,7 +24,8 @@ enum operation { ENTER, ENTER_32, SPAWN, EXEC, URING };
 struct command {
 	__u32 operation;
 	__u32 pointers; /* a bit for each register that is an offset into data */
-	__u64 registers[10]; /* ax, bx, cx, dx, si, di, bp, r10, r8, r9; the last three in 64-bit programs alone */
+	/* By their names on x86: ax, bx, cx, dx, si, di, bp, r10, r8, r9; the last three in 64-bit programs alone. */
+	__u64 registers[10];
 	char data[256];
 };
 
@@ -75,6 +76,26 @@ asm(".globl _start, enter, spawn\n"
     "	test %eax, %eax; jz 3f; pop %r12; ret\n"
     "3:	and $-16, %rsp; mov %r12d, %edi; call serve\n");
 static const char arguments[] = { DI, SI, DX, R10, R8, R9 };
+#elif defined(__aarch64__)
+/* ax is x8; di, si, dx, r10, r8 and r9 are x0 to x5; cx is x7, where a 32-bit program has the number. */
+asm(".globl _start, enter, spawn\n"
+    "_start: mov x0, sp; bl start\n"
+    "enter: mov x9, x0; ldr x8, [x9]; ldr x6, [x9, #8]; ldr x7, [x9, #16]; ldr x10, [x9, #48]\n"
+    "	ldr x0, [x9, #40]; ldr x1, [x9, #32]; ldr x2, [x9, #24]; ldr x3, [x9, #56]; ldr x4, [x9, #64]; ldr x5, [x9, #72]\n"
+    "	svc #0; ret\n"
+    "spawn: mov w9, w2; mov x2, #0; mov x3, #0; mov x4, #0; mov x8, #220; svc #0; cbz x0, 3f; ret\n"
+    "3:	mov w0, w9; bl serve\n");
+static const char arguments[] = { DI, SI, DX, R10, R8, R9 };
+#elif defined(__arm__)
+/* ax is r7; bx, cx, dx, si, di and bp are r0 to r5. */
+asm(".globl _start, enter, spawn\n"
+    "_start: mov r0, sp; bl start\n"
+    "enter: push {r4-r8, lr}; mov r8, r0; ldr r7, [r8]; ldr r0, [r8, #4]; ldr r1, [r8, #8]; ldr r2, [r8, #12]\n"
+    "	ldr r3, [r8, #16]; ldr r4, [r8, #20]; ldr r5, [r8, #24]; svc #0; pop {r4-r8, pc}\n"
+    "spawn: push {r4, r7, r8, lr}; mov r8, r2; mov r2, #0; mov r3, #0; mov r4, #0; mov r7, #120; svc #0\n"
+    "	cmp r0, #0; beq 3f; pop {r4, r7, r8, pc}\n"
+    "3:	mov r0, r8; bl serve\n");
+static const char arguments[] = { BX, CX, DX, SI, DI, BP };
 #else
 asm(".globl _start, enter, spawn\n"
     "_start: mov %esp, %eax; and $-16, %esp; sub $12, %esp; push %eax; call start\n"
@@ -117,7 +138,7 @@ static long call_(int nr, const word *values)
 
 static void *map(int fd, word offset, word length)
 {
-#ifdef __x86_64__
+#ifdef __LP64__
 	int nr = __NR_mmap;
 #else
 	int nr = __NR_mmap2;

@@ -17,7 +17,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from inside import ACTOR, USER, actor, force_knob, forked, journald, kernel_memory, uffdguard, until, waiting_actor
+from inside import (
+    ACTOR,
+    INT80,
+    USER,
+    actor,
+    force_knob,
+    forked,
+    journald,
+    kernel_memory,
+    uffdguard,
+    until,
+    waiting_actor,
+)
 from vm import silent
 
 from uffdguard import events, guard, inspect, journal, report, state
@@ -111,8 +123,8 @@ class TestAnEvent:
         [
             ("syscall:1", "syscall", ("UFFD_USER_MODE_ONLY",)),
             ("syscall-misleading:0x80000", "syscall", ("O_CLOEXEC",)),
-            ("int80:1", "compat", ("UFFD_USER_MODE_ONLY",)),
-            ("int80-misleading:0x800", "compat", ("O_NONBLOCK",)),
+            ("int80:1", INT80, ("UFFD_USER_MODE_ONLY",)),
+            ("int80-misleading:0x800", INT80, ("O_NONBLOCK",)),
             ("device:1", "device", ("UFFD_USER_MODE_ONLY",)),
             ("device-misleading", "device", ()),
             ("device-int80:0x80001", "device", ("UFFD_USER_MODE_ONLY", "O_CLOEXEC")),
@@ -128,7 +140,7 @@ class TestAnEvent:
     def test_of_the_native_knob_has_the_flags_that_the_kernel_knows_not(self, in_force: Callable[..., None]) -> None:
         in_force("disabled")
         (event,) = told("int80:0x80046")
-        assert (event.reason, event.way, event.flags) == ("native", "compat", ("O_CLOEXEC", "0x46"))
+        assert (event.reason, event.way, event.flags) == ("native", INT80, ("O_CLOEXEC", "0x46"))
 
     def test_says_the_path_of_an_executable_that_still_runs(self, kvm: None) -> None:
         stream = Stream(None)
@@ -582,9 +594,9 @@ class TestLog:
             pass
         found = [journal.to_event(entry) for entry in self.entries("UFFDGUARD_VERDICT=refused")]
         assert [strip(event) for event in found] == [strip(event) for event in Stream().read().events]
-        assert [event.way for event in found] == ["syscall", "device", "compat"]
+        assert [event.way for event in found] == ["syscall", "device", INT80]
         assert found[1].command == ESCAPED[: len(found[1].command)]
-        assert self.entries("UFFDGUARD_REASON=no-kvm", "UFFDGUARD_WAY=compat")[0]["MESSAGE"] == found[2].line
+        assert self.entries("UFFDGUARD_REASON=no-kvm", f"UFFDGUARD_WAY={INT80}")[-1]["MESSAGE"] == found[2].line
         assert self.entries("UFFDGUARD_VERDICT=allowed") == []
 
     def test_writes_what_is_allowed_when_asked_to(self, kvm: None) -> None:

@@ -28,6 +28,8 @@ from hypothesis.stateful import (
 )
 from inside import BUILD, USER, load, preemptible
 from subjects import (
+    ABIS,
+    AT_FDCWD,
     CLONE_NEWUSER,
     Abi,
     At,
@@ -49,7 +51,6 @@ from uffdguard.policy import Mode, Policy, Reason, Request, decide
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-AT_FDCWD = -100
 PTRACE_SEIZE = 0x4206
 USERFAULTFD_IOC_NEW = 0xAA00
 UFFD_USER_MODE_ONLY = 1
@@ -66,17 +67,16 @@ MISLEADING = dict.fromkeys(("bx", "dx", "di", "bp", "r10", "r8", "r9"), 1) | dic
     ("cx", "si"), USERFAULTFD_IOC_NEW
 )
 
-O_DIRECT, O_PATH = 0x4000, 0x200000
 OPEN_FLAGS = {
     "read-write": os.O_RDWR,
     "read": os.O_RDONLY,
     "cloexec": os.O_RDWR | os.O_CLOEXEC,
-    "path": O_PATH,
-    "direct": os.O_RDWR | O_DIRECT,  # fails after the driver's open has succeeded
+    "path": os.O_PATH,
+    "direct": os.O_RDWR | os.O_DIRECT,  # fails after the driver's open has succeeded
     "directory": os.O_RDONLY | os.O_DIRECTORY,  # these fail before it
     "exclusive": os.O_RDWR | os.O_CREAT | os.O_EXCL,
 }
-WAYS = ("open", "openat", "openat2", "int80", "io_uring", "worker", "kernel thread")
+WAYS = ("open", "openat", "openat2", "io_uring", "worker", "kernel thread", *(["int80"] if Abi.INT80 in ABIS else []))
 PLACES = ("/dev/kvm", NODE, "held", "held path", "/dev/userfaultfd", "/dev/null")
 
 who = st.integers(0, 7)
@@ -356,7 +356,7 @@ class Model(RuleBasedStateMachine):
     def ask(self, who: int, flags: int, misleading: bool) -> None:
         """Ask in every way there is."""
         subject = self.one(who)
-        for abi in [Abi.INT80] if subject.process.bits == 32 else Abi:
+        for abi in [Abi.INT80] if subject.process.bits == 32 else ABIS:
             if abi is not Abi.X32 or self.has_x32:
                 for device in ("", "own", "passed"):
                     self.ask_by(subject, abi, device, flags, misleading)

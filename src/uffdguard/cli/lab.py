@@ -33,6 +33,14 @@ def size(ctx: click.Context, param: click.Parameter, value: str) -> str:
 
 @click.group("lab", cls=Lab, invoke_without_command=True, subcommand_metavar="[-- COMMAND...] | kernels [--json]")
 @click.option(
+    "--arch",
+    metavar="ARCH",
+    type=click.Choice(["amd64", "arm64"]),
+    default="amd64",
+    show_default=True,
+    help="The architecture of the VM, amd64 or arm64.",
+)
+@click.option(
     "--kernel",
     metavar="LINE",
     default="6.12",
@@ -69,6 +77,7 @@ def size(ctx: click.Context, param: click.Parameter, value: str) -> str:
 @click.pass_context
 def command(
     ctx: click.Context,
+    arch: str,
     kernel: str,
     cpus: int | None,
     memory: str,
@@ -90,6 +99,10 @@ def command(
     written; what is written is gone with the VM. Everybody may enter the directories that lead to the current
     directory and to this Python, in the VM only.
 
+    With --arch arm64 the root file system is a Debian of that architecture, of this machine's own suite, which is
+    fetched and kept as kernels are, in roots. The current directory, and the environment of this Python when it is
+    outside of that, are visible in it at their places, read-only; this Python runs there as Debian's own.
+
     Kernel messages go to a log. Its lines are shown, and it is kept, when the VM ended before COMMAND did
     (exit status 1), when COMMAND was not done in time (124), and when the kernel reported a bug.
 
@@ -109,12 +122,13 @@ def command(
     import signal
 
     from uffdguard.lab import kernels, vm
+    from uffdguard.lab.architectures import ARCHITECTURES
 
     # Ends by exception, as SIGINT does: what a context manager began is undone.
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     status = vm.run(
-        kernels.get(kernel),
+        kernels.get(kernel, ARCHITECTURES[arch]),
         words,
         cpus=cpus or (1 if count_instructions else 2),
         memory=memory,
@@ -127,7 +141,8 @@ def command(
 
 @command.command("kernels")
 @click.option("--json", "json", is_flag=True, help="Print JSON.")
-def kernels(json: bool) -> None:
+@click.pass_context
+def kernels(ctx: click.Context, json: bool) -> None:
     """List the kernel lines and what is cached.
 
     Oldest line first, with the release that is in the cache. On a line that is refused the policy cannot be put
@@ -135,8 +150,10 @@ def kernels(json: bool) -> None:
     """
     from uffdguard.cli import render
     from uffdguard.lab import kernels
+    from uffdguard.lab.architectures import ARCHITECTURES
 
-    rows = list(kernels.table())
+    assert ctx.parent
+    rows = list(kernels.table(ARCHITECTURES[ctx.parent.params["arch"]]))
     if json:
         render.as_json([{"line": name, "supported": supported, "cached": release} for name, supported, release in rows])
     else:

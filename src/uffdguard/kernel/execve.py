@@ -15,14 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from uffdguard.errors import Failure
+from uffdguard.kernel import arch
 
 SECBIT_NOROOT = 1
 #: include/uapi/linux/capability.h: where a file's capabilities are, and what is in them.
 XATTR = "security.capability"
 REVISIONS = {0x01000000: 1, 0x02000000: 2}
 FLAG_EFFECTIVE = 1
-#: The ELF machines that this kernel itself starts: EM_386, EM_X86_64.
-MACHINES = (3, 62)
 
 
 @dataclass(frozen=True)
@@ -154,7 +153,7 @@ def _interpreter(path: Path) -> Path:
                 head = file.read(256)
         except OSError as error:
             raise Failure(f"cannot be told: {path}: {error.strerror}", "run it as who may read the program") from None
-        if head[:4] == b"\x7fELF" and int.from_bytes(head[18:20], "little") in MACHINES:
+        if head[:4] == b"\x7fELF" and int.from_bytes(head[18:20], "little") in arch.current().programs:
             return path
         words = head[2:].split(b"\n")[0].split()
         if head[:2] != b"#!" or not words:

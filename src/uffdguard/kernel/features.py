@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple, get_args
 
 from uffdguard.conditions import BY_NAME, Facts, Preemption
 from uffdguard.errors import Failure
-from uffdguard.kernel import libbpf, native
+from uffdguard.kernel import arch, libbpf, native
 
 OBJECT = Path(__file__).with_name("guard.bpf.o")
 SECURITYFS = Path("/sys/kernel/security")
@@ -121,8 +121,8 @@ def namespaces() -> Row:
 
 def _machine() -> Row:
     machine = os.uname().machine
-    if machine != "x86_64":
-        return Row("machine", "missing", machine, "the programs read the registers of x86-64")
+    if machine not in arch.ARCHITECTURES:
+        return Row("machine", "missing", machine, f"the programs know the registers of {arch.KNOWN} only")
     return Row("machine", "ok", machine)
 
 
@@ -167,6 +167,9 @@ def hook() -> Row:
         return Row("hook", "cannot tell", str(error), SEE_ABOVE)
     if not there:
         return Row("hook", "missing", f"no {HOOK} for BPF", "boot Linux 5.12 or newer, with CONFIG_BPF_LSM")
+    here = arch.ARCHITECTURES.get(os.uname().machine)
+    if here and here.attaches and not libbpf.kernel_has_function(here.attaches):
+        return Row("hook", "missing", "no program can be attached to functions", f"boot Linux {here.since} or newer")
     return Row("hook", "ok", HOOK)
 
 
@@ -315,12 +318,14 @@ def _preemption() -> Row:
 
 
 def aim(obj: libbpf.Object) -> None:
-    """Let a program for a function that this kernel has not be of one that it has: loaded all the same, never attached.
+    """Let the programs for the system call be of the functions that serve it on this architecture.
 
-    So there is one way only to load the object. Call it before the object is loaded.
+    Where one function serves all, the second is of that one: loaded all the same, never attached. So there is one way
+    only to load the object. Call it before the object is loaded.
     """
-    if not libbpf.kernel_has_function("__ia32_sys_userfaultfd"):
-        obj.aim("native32", "__x64_sys_userfaultfd")
+    here = arch.current()
+    obj.aim("native", here.entry)
+    obj.aim("native32", here.entry32 if here.entry32 and libbpf.kernel_has_function(here.entry32) else here.entry)
 
 
 def has_sysctl_guard() -> bool:

@@ -15,8 +15,6 @@
 
 #define USERFAULTFD_IOC_NEW 0xaa00
 #define UFFD_USER_MODE_ONLY 1
-#define TS_COMPAT 0x0002 /* arch/x86/include/asm/thread_info.h: a 32-bit system call is being served */
-#define X32_SYSCALL_BIT 0x40000000
 
 /* policy.Mode and policy.Reason, in their order; layout.py compares them with this object's BTF at load. */
 enum mode {
@@ -108,6 +106,9 @@ enum way {
 	WAY_X32,
 	WAY_DEVICE,
 };
+
+#include "arch/x86.h"
+#include "arch/arm64.h"
 
 /* What guard_sysctl() has refused to write, if an event is of that. */
 enum sysctl {
@@ -229,23 +230,9 @@ static __noinline int is_initial(const struct user_namespace *ns)
 /* What this call asks for, read where its own ABI has its flags; what cannot be told has none. */
 static __always_inline enum way way_of(struct task_struct *task, __u32 *flags)
 {
-	struct pt_regs *regs = (struct pt_regs *)bpf_task_pt_regs(task);
-	__u32 nr = regs->orig_ax; /* the kernel, too, looks at the low half only */
+	const void *regs = (const void *)bpf_task_pt_regs(task);
 
-	if (task->thread_info.status & TS_COMPAT) {
-		if (nr == 374) {
-			*flags = regs->bx;
-			return WAY_COMPAT;
-		}
-		*flags = nr == 54 && (__u32)regs->cx == USERFAULTFD_IOC_NEW ? regs->dx : 0;
-		return WAY_DEVICE;
-	}
-	if ((nr & ~X32_SYSCALL_BIT) == 323) {
-		*flags = regs->di;
-		return nr == 323 ? WAY_SYSCALL : WAY_X32;
-	}
-	*flags = (nr == 16 || nr == (X32_SYSCALL_BIT | 514)) && (__u32)regs->si == USERFAULTFD_IOC_NEW ? regs->dx : 0;
-	return WAY_DEVICE;
+	return is_arm64(regs) ? way_on_arm64(regs, flags) : way_on_x86(task, regs, flags);
 }
 
 static __noinline int asks_user_mode_only(struct task_struct *task)
@@ -506,6 +493,7 @@ static __always_inline int see_native(long ret)
 	return tell(NR_REASONS, policy.word, 1);
 }
 
+/* These two are of what arch/__init__.py says. */
 SEC("fexit/__x64_sys_userfaultfd")
 int BPF_PROG(native, const struct pt_regs *regs, long ret)
 {

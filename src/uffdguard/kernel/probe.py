@@ -7,11 +7,9 @@ import errno
 import fcntl
 import os
 
-from uffdguard.errors import Failure
+from uffdguard.kernel import arch
 from uffdguard.kernel.native import DEV_KVM, DEV_USERFAULTFD
 
-#: The system call's number by machine, arch/*/entry/syscalls.
-SYSCALL = {"x86_64": 323, "aarch64": 282}
 UFFD_USER_MODE_ONLY = 1
 USERFAULTFD_IOC_NEW = 0xAA00
 
@@ -19,11 +17,7 @@ USERFAULTFD_IOC_NEW = 0xAA00
 def syscall(flags: int = 0) -> int:
     """Try userfaultfd(2) with FLAGS and close the result; return 0 or the errno."""
     libc = ctypes.CDLL(None, use_errno=True)
-    try:
-        number = SYSCALL[os.uname().machine]
-    except KeyError:
-        raise Failure(f"the number of userfaultfd(2) on {os.uname().machine} is not known here") from None
-    fd = libc.syscall(number, flags | os.O_CLOEXEC)
+    fd = libc.syscall(arch.current().userfaultfd, flags | os.O_CLOEXEC)
     if fd < 0:
         return ctypes.get_errno()
     os.close(fd)

@@ -91,12 +91,7 @@ struct cred___until_6_2 {
 	kernel_cap_t___until_6_2 cap_effective;
 };
 
-struct thread_info {
-	__u32 status;
-};
-
 struct task_struct {
-	struct thread_info thread_info;
 	struct mm_struct *mm;
 	int pid;
 	int tgid;
@@ -107,10 +102,6 @@ struct task_struct {
 	const struct cred *real_cred;
 	const struct cred *cred;
 	char comm[16];
-};
-
-struct pt_regs {
-	unsigned long bx, cx, dx, si, di, orig_ax;
 };
 
 struct bpf_iter_meta {

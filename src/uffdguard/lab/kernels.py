@@ -11,11 +11,12 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from uffdguard.errors import Failure
+from uffdguard.lab.architectures import AMD64, ARCHITECTURES, ARM64, Architecture, of_release
 from uffdguard.lab.processes import need, output, process_group, reason
 
 if TYPE_CHECKING:
@@ -24,26 +25,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Line:
-    """A kernel line, the suites of the Debian archive that carry it, and whether the policy can be in force on it."""
+    """A kernel line, the suites of the Debian archive that carry it, and where the policy can be in force on it."""
 
     name: str
     suites: tuple[str, ...]
-    supported: bool = True
+    architectures: tuple[Architecture, ...] = (AMD64, ARM64)
+
+    def supported(self, architecture: Architecture = AMD64) -> bool:
+        """Whether the policy can be in force on this line of ARCHITECTURE."""
+        return architecture in self.architectures
 
 
 #: Lines that the archive carries, oldest first: what the lab boots, `make test` and `make test-matrix` try, and
 #: docs/kernels.md tells of. The last is whatever is newer than the others: its number is known from the archive only.
 LINES = (
-    Line("5.10", ("bullseye", "bullseye-security"), supported=False),
-    Line("6.1", ("bookworm", "bookworm-security")),
+    Line("5.10", ("bullseye", "bullseye-security"), ()),
+    # Without DYNAMIC_FTRACE_WITH_DIRECT_CALLS, since 6.4 on arm64, LSM programs cannot be attached.
+    Line("6.1", ("bookworm", "bookworm-security"), (AMD64,)),
     Line("6.12", ("trixie", "trixie-security", "bookworm-security")),
     *(Line(name, ("trixie-backports",)) for name in ("6.18", "7.0", "7.x")),
 )
-OLDEST = next(line for line in LINES if line.supported)
 *_, BEFORE_NEWEST, NEWEST = LINES
 
+
+def oldest(architecture: Architecture = AMD64) -> Line:
+    """Return the oldest line on which the policy can be in force."""
+    return next(line for line in LINES if line.supported(architecture))
+
+
 #: A release of a kernel, as ``uname -r`` prints it.
-RELEASE = re.compile(r"\d+\.\d+\.\d+(?:\+[a-z]+[\d.]+|-\d+)?-amd64", re.ASCII)
+RELEASE = re.compile(rf"\d+\.\d+\.\d+(?:\+[a-z]+[\d.]+|-\d+)?-(?:{'|'.join(ARCHITECTURES)})", re.ASCII)
 
 #: The package of the image, without the flavours (cloud, rt), the unsigned and the debugging ones.
 IMAGE = re.compile(rf"linux-(?:image|binary)-({RELEASE.pattern})", re.ASCII)
@@ -55,6 +66,8 @@ KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
 APT_CONF = """\
 Dir::State::lists "{directory}/lists";
 Dir::Cache "{directory}/cache";
+APT::Architecture "{architecture}";
+APT::Architectures "{architecture}";
 APT::Sandbox::User "root";
 APT::Update::Error-Mode "any";
 #clear APT::Update::Pre-Invoke;
@@ -72,8 +85,13 @@ class Kernel:
     directory: Path
 
     @property
+    def architecture(self) -> Architecture:
+        """The architecture that it is for."""
+        return of_release(self.release)
+
+    @property
     def image(self) -> Path:
-        """The bzImage; ``lib/modules/RELEASE`` of the same directory has the modules."""
+        """What QEMU boots; ``lib/modules/RELEASE`` of the same directory has the modules."""
         image = self.directory / "boot" / f"vmlinuz-{self.release}"
         return image if image.exists() else self.directory / "lib/modules" / self.release / "vmlinuz"
 
@@ -83,9 +101,15 @@ def cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "uffdguard").absolute()
 
 
+def without_architecture(release: str) -> str:
+    """Return RELEASE, or the name of a line, without the architecture that it may end in."""
+    head, _, tail = release.rpartition("-")
+    return head if tail in ARCHITECTURES else release
+
+
 def version(release: str) -> tuple[int, ...]:
     """Return the numbers in RELEASE, to compare by."""
-    return tuple(map(int, re.findall(r"\d+", release.removesuffix("-amd64"))))
+    return tuple(map(int, re.findall(r"\d+", without_architecture(release))))
 
 
 def line_name(release: str) -> str:
@@ -100,73 +124,73 @@ def belongs(release: str, line: Line) -> bool:
     return line_name(release) == line.name
 
 
-def find_line(word: str) -> Line:
+def find_line(word: str, architecture: Architecture = AMD64) -> Line:
     """Return the line that WORD names: ``6.12``, ``7.3``, ``oldest``, ``newest``.
 
     Raises:
         Failure: There is no such line.
     """
-    words = {line.name: line for line in LINES} | {"oldest": OLDEST, "newest": NEWEST}
+    words = {line.name: line for line in LINES} | {"oldest": oldest(architecture), "newest": NEWEST}
     if word in words:
         return words[word]
     if re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}", word) and belongs(word, NEWEST):
-        return Line(word, NEWEST.suites)
+        return replace(NEWEST, name=word)
     raise Failure(f"lab: there is no kernel line {word!r}", "see `uffdguard lab kernels`")
 
 
-def cached(line: Line) -> Kernel | None:
-    """Return the highest kernel of LINE in the cache, or None."""
-    found = cache().glob("kernels/*/*")
-    paths = (path for path in found if RELEASE.fullmatch(path.name) and belongs(path.name, line))
+def cached(line: Line, architecture: Architecture = AMD64) -> Kernel | None:
+    """Return the highest kernel of LINE of ARCHITECTURE in the cache, or None."""
+    found = (path for path in cache().glob("kernels/*/*") if RELEASE.fullmatch(path.name))
+    paths = (path for path in found if of_release(path.name) == architecture and belongs(path.name, line))
     path = max(paths, key=lambda path: version(path.name), default=None)
     return Kernel(path.name, path) if path else None
 
 
-def table() -> Iterator[tuple[str, bool, str | None]]:
+def table(architecture: Architecture = AMD64) -> Iterator[tuple[str, bool, str | None]]:
     """Give each line's name, whether it is supported, and the release that is cached or None. Uses no network."""
     for line in LINES:
-        kernel = cached(line)
+        kernel = cached(line, architecture)
         name = line_name(kernel.release) if kernel else line.name
         if line == NEWEST and not kernel:
             # Lists that are already here tell its number.
             with contextlib.suppress(Failure):
-                name = line_name(choose(Apt(line.suites).names(), line)[0])
-        yield name, line.supported, kernel.release if kernel else None
+                name = line_name(choose(Apt(line.suites, architecture).names(), line, architecture)[0])
+        yield name, line.supported(architecture), kernel.release if kernel else None
 
 
-def get(word: str) -> Kernel:
-    """Return the cached kernel of the line that WORD names; without one, fetch the highest there is.
+def get(word: str, architecture: Architecture = AMD64) -> Kernel:
+    """Return the cached kernel of the line that WORD names, of ARCHITECTURE; without one, fetch the highest there is.
 
     Raises:
         Failure: The machine is not x86-64, there is no such line, or it could not be fetched.
     """
     if platform.machine() != "x86_64":
         raise Failure(f"lab: the machine must be x86-64, this one is {platform.machine()}")
-    line = find_line(word)
-    return cached(line) or fetch(line)
+    line = find_line(word, architecture)
+    return cached(line, architecture) or fetch(line, architecture)
 
 
-def fetch(line: Line) -> Kernel:
-    """Fetch the highest kernel of LINE from the machine's Debian archive into the cache.
+def fetch(line: Line, architecture: Architecture = AMD64) -> Kernel:
+    """Fetch the highest kernel of LINE of ARCHITECTURE from the machine's Debian archive into the cache.
 
     Raises:
         Failure: A tool or an archive is missing, a signature or a download is bad.
     """
     depmod = need("depmod", "kmod")
-    apt = Apt(line.suites)
+    apt = Apt(line.suites, architecture)
     with (apt.directory / "lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         # Another lab may have fetched it while this one waited for the lock.
-        if kernel := cached(line):
+        if kernel := cached(line, architecture):
             return kernel
         apt.update()
         names = apt.names()
-        release, packages = choose(names, line)
+        release, packages = choose(names, line, architecture)
         partial = apt.directory / "partial"
         shutil.rmtree(partial, ignore_errors=True)
         try:
             (partial / "root").mkdir(parents=True)
-            what = f"Linux {release.removesuffix('-amd64')}"
+            what = f"Linux {without_architecture(release)} for {architecture.name}"
             apt.download([name for name in packages if name in names], partial, what)
             if not set(packages) <= set(names):
                 apt.download_modules(partial, what)
@@ -174,7 +198,8 @@ def fetch(line: Line) -> Kernel:
                 unpack(package, partial / "root", release)
             # Builds of kmod differ in whether they look below /lib or below /usr/lib.
             if (partial / "root/lib").exists():
-                (partial / "root/usr/lib").symlink_to("../lib")
+                (partial / "root/usr/lib").mkdir(parents=True, exist_ok=True)
+                (partial / "root/usr/lib/modules").symlink_to("../../lib/modules")
             else:
                 (partial / "root/lib").symlink_to("usr/lib")
             output([depmod, "-b", partial / "root", release])
@@ -203,13 +228,14 @@ def unpack(package: Path, directory: Path, release: str) -> None:
     archive.unlink()
 
 
-def choose(names: Iterable[str], line: Line) -> tuple[str, list[str]]:
-    """Return the highest release of LINE that NAMES of packages offer, and the packages it consists of.
+def choose(names: Iterable[str], line: Line, architecture: Architecture = AMD64) -> tuple[str, list[str]]:
+    """Return the highest release of LINE of ARCHITECTURE that NAMES of packages offer, and the packages it consists of.
 
     Raises:
         Failure: There is none.
     """
-    releases = [match[1] for match in map(IMAGE.fullmatch, names) if match and belongs(match[1], line)]
+    found = [match[1] for match in map(IMAGE.fullmatch, names) if match]
+    releases = [release for release in found if of_release(release) == architecture and belongs(release, line)]
     if not releases:
         raise Failure(f"lab: the Debian archive has no Linux {line.name} in {', '.join(line.suites)}")
     release = max(releases, key=version)
@@ -227,23 +253,25 @@ def archives(targets: str) -> dict[str, str]:
     return found
 
 
-def sources(uris: dict[str, str], suites: Iterable[str]) -> str:
+def sources(uris: dict[str, str], suites: Iterable[str], architecture: Architecture = AMD64) -> str:
     """Return the sources.list of SUITES; without the security ones when the machine has no URI for them."""
     labelled = {suite: "Debian-Security" if suite.endswith("-security") else "Debian" for suite in suites}
-    options = f"[arch=amd64 signed-by={KEYRING} target=Packages]"
+    options = f"[arch={architecture.name} signed-by={KEYRING} target=Packages]"
     return "".join(f"deb {options} {uris[b]} {a} main\n" for a, b in labelled.items() if b in uris)
 
 
 class Apt:
     """apt with directories of its own in the cache: it needs no root and changes nothing of the machine."""
 
-    def __init__(self, suites: tuple[str, ...]) -> None:
+    def __init__(self, suites: tuple[str, ...], architecture: Architecture = AMD64) -> None:
         self.suites = suites
-        self.directory = cache() / "apt" / "+".join(suites)
+        self.architecture = architecture
+        other = () if architecture == AMD64 else (architecture.name,)
+        self.directory = cache() / "apt" / "+".join((*suites, *other))
         for name in ("lists/partial", "cache/archives/partial"):
             (self.directory / name).mkdir(parents=True, exist_ok=True)
         conf = self.directory / "apt.conf"
-        conf.write_text(APT_CONF.format(directory=self.directory))
+        conf.write_text(APT_CONF.format(directory=self.directory, architecture=architecture.name))
         self.get = need("apt-get", "apt")
         self.private = ["-c", str(conf)]
         settings = [f"Dir::Etc::sourcelist={self.directory}/sources.list"]
@@ -275,7 +303,7 @@ class Apt:
         """
         if not KEYRING.exists():
             raise Failure(f"lab: there is no {KEYRING}", "run `apt-get install debian-archive-keyring`")
-        (self.directory / "sources.list").write_text(sources(self.uris(), self.suites))
+        (self.directory / "sources.list").write_text(sources(self.uris(), self.suites, self.architecture))
         output([self.get, *self.suites_only, "update"])
 
     def names(self) -> list[str]:
@@ -307,6 +335,21 @@ class Apt:
         name = binary.name.replace("binary", "modules", 1)
         uri = f"{self.uris()['Debian']}pool/main/l/linux/{name}"
         self.watch(["/usr/lib/apt/apt-helper", *self.suites_only, "download-file", uri, name], directory, what)
+
+    def closure(self, packages: Sequence[str], what: str) -> list[Path]:
+        """Fetch PACKAGES with all that they depend on, and show progress; return the files.
+
+        Raises:
+            Failure: apt could not.
+        """
+        # As if nothing were installed. apt locks the directory of that file.
+        status = self.directory / "dpkg/status"
+        status.parent.mkdir(exist_ok=True)
+        status.touch()
+        alone = [self.get, *self.suites_only, "-o", f"Dir::State::status={status}", "-o", "APT::Install-Recommends=0"]
+        output([*alone, "autoclean"])  # what was fetched when the archive had older versions
+        self.watch([*alone, "-qy", "--download-only", "install", *packages], self.directory, what)
+        return sorted((self.directory / "cache/archives").glob("*.deb"))
 
     def watch(self, command: Sequence[str], directory: Path, what: str) -> None:
         """Run a COMMAND of apt in DIRECTORY and show its progress.

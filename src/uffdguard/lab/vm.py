@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from uffdguard.errors import Failure
+from uffdguard.lab import roots
+from uffdguard.lab.architectures import AMD64, Architecture
 from uffdguard.lab.processes import PATH, need, process_group
 
 if TYPE_CHECKING:
@@ -35,8 +38,7 @@ TIMED_OUT = 124
 
 PREPARE = """\
 #!/bin/sh
-modprobe kvm_amd
-mount -t bpf bpf /sys/fs/bpf
+{kvm}mount -t bpf bpf /sys/fs/bpf
 {opened}cd {cwd} || exit
 """
 
@@ -66,10 +68,6 @@ ONE_THREAD = ("-accel", "tcg,thread=single")
 #: A kernel loads its own modules only: apt could not check those of some, see Apt.download_modules().
 SIGNED = "module.sig_enforce=1"
 
-#: The kernel sees at boot whether the timer interrupts within 10 ticks, and panics when it does not, check_timer() of
-#: arch/x86/kernel/apic/io_apic.c: on a busy machine an emulated one does not always.
-BUSY = "no_timer_check"
-
 #: Without the user's .bashrc: what that starts may take longer here than the VM took to boot.
 BASH = ("env", r"PS1=\u@\h:\w\$ ", "bash", "--norc", "-i")
 
@@ -94,16 +92,20 @@ def run(
         Failure: A tool is missing, or the VM ended before COMMAND did.
     """
     deadline = time.monotonic() + timeout if timeout else None
-    closed = closed_directories([Path.cwd(), Path(sys.prefix), Path(sys.base_prefix)])
+    ours = [Path.cwd(), Path(sys.prefix)]
+    foreign = None if kernel.architecture.machine == platform.machine() else roots.get(kernel.architecture)
+    closed = closed_directories([*ours, Path(sys.base_prefix)]) if foreign is None else []
     options = ["--cpus", str(cpus), "--memory", memory, *(f"--kopt={word}" for word in append)]
     counted = ["-icount", "shift=0,sleep=off"] if count_instructions else []
     shared = Path(tempfile.mkdtemp(prefix="uffdguard-lab-"))
     keep = False
     try:
-        (shared / "boot").write_bytes(os.fsencode(script(command, Path.cwd(), closed)))
+        (shared / "boot").write_bytes(os.fsencode(script(command, Path.cwd(), closed, kernel.architecture)))
         (shared / "boot").chmod(0o755)
         argv = virtme(kernel, shared, overlays(closed), terminal=not command)
-        argv += [*options, "--qemu-opts", "-no-reboot", *ONE_THREAD, *counted]
+        if foreign:
+            argv += shares(kernel, foreign, ours)
+        argv += [*options, "--qemu-opts", "-no-reboot", *ONE_THREAD, *kernel.architecture.options, *counted]
         with process_group(
             argv,
             terminal=not command,
@@ -116,6 +118,10 @@ def run(
         status = exit_status(shared)
         keep = report(shared, over, status)
     finally:
+        for left in foreign.glob("virtme-init-*") if foreign else []:
+            # virtme-run, being killed, leaves what it puts there for the guest's first seconds.
+            if time.time() - left.stat().st_mtime > 600:
+                left.unlink(missing_ok=True)
         if not keep:
             shutil.rmtree(shared, ignore_errors=True)
     if over:
@@ -160,7 +166,7 @@ def overlays(closed: Iterable[Path]) -> list[str]:
     return chosen
 
 
-def script(command: Sequence[str], cwd: Path, closed: Sequence[Path]) -> str:
+def script(command: Sequence[str], cwd: Path, closed: Sequence[Path], architecture: Architecture = AMD64) -> str:
     """Return the shell script that prepares the guest, runs COMMAND, or a shell, and writes its status."""
     environment = {
         "PATH": PATH,
@@ -172,7 +178,9 @@ def script(command: Sequence[str], cwd: Path, closed: Sequence[Path]) -> str:
     # Without the inner shell, env would take a COMMAND with "=" in its name for one more variable.
     words += ["sh", "-c", 'exec "$@"', "sh", *(command or BASH)]
     opened = f"chmod a+rx {shlex.join(map(str, closed))}\n" if closed else ""
-    prepare = PREPARE.format(opened=opened, cwd=shlex.quote(str(cwd)))
+    module = architecture.kvm_module
+    kvm = f"modprobe {module}\n" if module else ""
+    prepare = PREPARE.format(kvm=kvm, opened=opened, cwd=shlex.quote(str(cwd)))
     return prepare + (RUN if command else SHELL).format(command=shlex.join(words), shared=SHARED)
 
 
@@ -182,7 +190,7 @@ def virtme(kernel: Kernel, shared: Path, overlaid: Iterable[str], *, terminal: b
     Raises:
         Failure: A tool is missing.
     """
-    need("qemu-system-x86_64", "qemu-system-x86")
+    need(kernel.architecture.qemu, kernel.architecture.qemu_package)
     need("busybox", "busybox-static")
     need("modprobe", "kmod")
     need("file", "file")
@@ -190,11 +198,21 @@ def virtme(kernel: Kernel, shared: Path, overlaid: Iterable[str], *, terminal: b
     if virtme_run is None:
         raise Failure("lab: virtme-ng is not installed", "run `pip install 'uffdguard[lab]'`")
     argv = [virtme_run, "--kimg", str(kernel.image), "--mods", "auto", "--disable-kvm", "--force-9p"]
-    argv += ["--name", "lab", "--kopt", "panic=-1", "--kopt", SIGNED, "--kopt", BUSY, "--rwdir", f"{SHARED}={shared}"]
+    argv += ["--name", "lab", "--kopt", "panic=-1", "--kopt", SIGNED, "--rwdir", f"{SHARED}={shared}"]
+    argv += [f"--kopt={word}" for word in kernel.architecture.parameters]
     argv += [word for directory in overlaid for word in ("--overlay-rwdir", directory)]
     if terminal:
         return [*argv, "--shell", f"{SHARED}/boot"]
     return [*argv, "--show-boot-console", "--verbose", "--script-sh", f"sh {SHARED}/boot"]
+
+
+def shares(kernel: Kernel, root: Path, paths: Iterable[Path]) -> list[str]:
+    """Return what virtme-run needs for another ROOT: the modules, and each of PATHS in its place, are mounted there."""
+    outer = [path for path in paths if not any(path != other and path.is_relative_to(other) for other in paths)]
+    roots.share(root, outer)
+    mounted = {"/usr/lib/modules": kernel.directory / "lib/modules", **{str(path): path for path in outer}}
+    argv = ["--arch", kernel.architecture.machine, "--root", str(root), "--busybox", f"{root}/usr/bin/busybox"]
+    return [*argv, *(f"--rodir={inside}={path}" for inside, path in mounted.items())]
 
 
 def follow(vm: subprocess.Popen[bytes], shared: Path, deadline: float | None) -> bool:
