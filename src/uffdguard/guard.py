@@ -70,7 +70,6 @@ STEPS = Steps(
         "close the native knob",
         "uncover the native file",
         *(f"unpin {part}" for part in reversed(PARTS)),
-        "unpin what an older version had",
         "restore the native knob",
         "remove the records",
     )

@@ -3,8 +3,8 @@
  * Who may create a userfaultfd, and who has opened /dev/kvm.
  *
  * decide() is the twin of decide() in policy.py: a row there is a row here. The other programs record who opens
- * /dev/kvm, which is what mode `kvm` asks about (grants.h), and count what the kernel refuses before it asks. guard_sysctl() refuses the sysctls that would undo all this. tell() is where a decision
- * becomes an event.
+ * /dev/kvm, which is what mode `kvm` asks about (grants.h), and count what the kernel refuses before it asks.
+ * guard_sysctl() refuses the sysctls that would undo all this. tell() is where a decision becomes an event.
  */
 #include "structures.h"
 #include "grants.h"
