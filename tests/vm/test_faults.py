@@ -249,7 +249,12 @@ class TestMemoryLimit:
                 (self.GROUP / "memory.max").write_text((self.GROUP / "memory.current").read_text())
                 return openers.enter_context(opener())
 
-            number = next(n for n in range(1000) if opened_without_a_byte_to_spare() == "EPERM")
+            if not libbpf.kernel_has_function("bpf_task_storage_get_recur"):
+                # Before 6.2 a grant is an atomic allocation, which goes beyond the limit: try_charge_memcg().
+                assert {opened_without_a_byte_to_spare() for _ in range(100)} == {"allowed"}
+                assert (state.status().grants, state.status().lost) == (101, 0)
+                return
+            number = next(n for n in range(300) if opened_without_a_byte_to_spare() == "EPERM")
             (self.GROUP / "memory.high").write_text("max")
             assert (state.status().grants, state.status().lost) == (number + 1, 1)
             (self.GROUP / "memory.max").write_text("max")
