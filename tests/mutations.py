@@ -29,21 +29,21 @@ MUTATIONS = {
     },
     "nobody has the capability": {"return has_capability(cred, CAP_SYS_PTRACE) &&": "return 0 &&"},
     "a fork inherits the grant": {
-        "if (!shares_mm(climb.task, climb.mm))": "if (0)",
-        "climb->found = shares_mm(task, climb->mm);": "climb->found = 1;",
+        "\t\tif (!shares_mm(task, mm))\n\t\t\treturn 0;\n": "",
+        "return shares_mm(task, mm);": "return 1;",
     },
     "an exec keeps the grant: the id is not compared": {
         "return grant && *grant == *(volatile __u64 *)&task->self_exec_id + 1;": "return grant && *grant;",
     },
     "the parent is not asked": {
-        "|| ancestor_has_opened_kvm(task);": "|| (0 && ancestor_has_opened_kvm(task));",
+        "|| ancestor_of_current_has_opened_kvm();": "|| (0 && ancestor_of_current_has_opened_kvm());",
     },
     "the parent is not granted": {
-        "if (!record_one(&climb))": "if (!record_one(&climb) && 0)",
+        "if (!shares_mm(task, mm))\n\t\t\treturn;": "if (shares_mm(task, mm) || 1)\n\t\t\treturn;"
     },
     "the grant is the thread's and not its leader's": {
         "bpf_task_storage_get(&grants, task->group_leader, 0, 0)": "bpf_task_storage_get(&grants, task, 0, 0)",
-        "climb->task->group_leader, 0, BPF_": "climb->task, 0, BPF_",
+        "bpf_task_storage_get(&grants, task->group_leader, 0, BPF_": "bpf_task_storage_get(&grants, task, 0, BPF_",
     },
 }
 

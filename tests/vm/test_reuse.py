@@ -92,17 +92,17 @@ def test_as_many_as_there_are_at_once_are_granted(steps: int) -> None:
     until(lambda: state.status().grants == 0)
 
 
-def test_a_storage_that_another_keeps_busy_refuses_nobody(steps: int) -> None:
-    """But before 6.2, where one that is preempted while it looks into a storage has others find none on that CPU."""
+def test_a_granted_process_is_refused_by_mistake_only_where_a_busy_storage_hides_the_grant(steps: int) -> None:
+    """Before 6.2 a task that is preempted in a storage hides all storages on its CPU until it runs again."""
     number = 25 * steps
     with preemptible(), load():
-        refused = sum(at_once(f"flood-after-kvm:{number}"))
+        refused = at_once(f"flood-after-kvm:{number}")
     status = state.status()
-    print(f"{8 * number} questions by processes that are granted: {refused} refused; {status.lost} grants lost")
+    print(f"{8 * number} questions by granted processes: {sum(refused)} refused; {status.lost} grants lost")
     if libbpf.kernel_has_function("bpf_task_storage_get_recur"):
-        assert refused == 0
+        assert sum(refused) == 0
     else:
-        assert refused <= 8 * number // 100
+        assert max(refused) < number // 2
 
 
 class TestSkipped:

@@ -18,8 +18,12 @@ struct {
 	__type(value, __u64);
 } grants SEC(".maps");
 
-/* How many processes one above the other are asked. */
-#define GENERATIONS 16
+/*
+ * How many processes one above the other are asked. A loop and not bpf_loop(), which neither kernels before 5.17 have
+ * nor those that interpret programs. The verifier walks through each round on each path to it, and for each pointer that
+ * is followed it searches the kernel's types: in decide() with 16 rounds that took a second of every start.
+ */
+#define GENERATIONS 8
 
 static __always_inline int has_opened_kvm(struct task_struct *task)
 {
@@ -38,43 +42,23 @@ static __always_inline int shares_mm(struct task_struct *task, struct mm_struct 
 	return *(struct mm_struct *volatile *)&task->mm == mm;
 }
 
-/* The way up from a task, from one process to the next. */
-struct climb {
-	struct task_struct *task;
-	struct mm_struct *mm; /* the address space that they have in common */
-	__u64 exec_id; /* of the task */
-	int found;
-};
-
-static long ask(__u32 index, struct climb *climb)
+/* Of the task that is running the answer is exact: no other address space takes the place of its own meanwhile. */
+static __always_inline int ancestor_has_opened_kvm(struct task_struct *task)
 {
-	struct task_struct *task = climb->task;
+	struct mm_struct *mm = task->mm;
+	int i;
 
-	/* An ancestor that execs meanwhile may have opened it in its new address space: look at that last. */
-	if (has_opened_kvm(task)) {
-		climb->found = shares_mm(task, climb->mm);
-		return 1;
+	if (!mm) /* at its end, as it may be where an iterator looks */
+		return 0;
+	for (i = 0; i < GENERATIONS; i++) {
+		task = parent_of(task);
+		if (!shares_mm(task, mm))
+			return 0;
+		/* An ancestor that execs meanwhile may have opened it in its new address space: look at that last. */
+		if (has_opened_kvm(task))
+			return shares_mm(task, mm);
 	}
-	climb->task = parent_of(task);
-	return !shares_mm(climb->task, climb->mm);
-}
-
-/*
- * Of the task that is running the answer is exact: no other address space takes the place of its own meanwhile.
- *
- * The verifier would walk through a loop of ours as many times as it may run, on each path to it, and it searches all
- * of the kernel's types for every pointer that is followed: it took a second. It walks through bpf_loop() once or twice.
- */
-static __noinline int ancestor_has_opened_kvm(struct task_struct *task)
-{
-	struct climb climb = { .task = parent_of(task), .mm = task->mm };
-
-	if (!climb.mm) /* at its end, as it may be where an iterator looks */
-		return 0;
-	if (!shares_mm(climb.task, climb.mm)) /* so it is with nearly everybody */
-		return 0;
-	bpf_loop(GENERATIONS, ask, &climb, 0);
-	return climb.found;
+	return 0;
 }
 
 static __always_inline int is_granted(struct task_struct *task)

@@ -248,6 +248,17 @@ static __always_inline int is_privileged(const struct cred *cred)
 	return has_capability(cred, CAP_SYS_PTRACE) && (cred->user_ns == seen_initial || is_initial(cred->user_ns));
 }
 
+/* Not static, as tell() is not: the verifier looks at such a function once, not in each state that calls it. */
+__noinline int ancestor_of_current_has_opened_kvm(void)
+{
+	return ancestor_has_opened_kvm(bpf_get_current_task_btf());
+}
+
+static __always_inline int is_current_granted(struct task_struct *task)
+{
+	return has_opened_kvm(task) || ancestor_of_current_has_opened_kvm();
+}
+
 static __always_inline enum reason reason_of(struct task_struct *task, union policy policy)
 {
 	if (is_privileged(task->cred))
@@ -257,7 +268,7 @@ static __always_inline enum reason reason_of(struct task_struct *task, union pol
 	if (policy.bits.user_mode_only && asks_user_mode_only(task))
 		return REASON_USER_MODE_ONLY;
 	if (policy.bits.mode == MODE_KVM)
-		return is_granted(task) ? REASON_KVM : REASON_NO_KVM;
+		return is_current_granted(task) ? REASON_KVM : REASON_NO_KVM;
 	return REASON_DISABLED;
 }
 
@@ -352,7 +363,6 @@ static __always_inline void publish(struct slot *slot)
 	bpf_map_update_elem(&events, &key, slot, BPF_F_LOCK);
 }
 
-/* Not static, so that the verifier looks at it once, and not once more for each state that it can be called in. */
 __noinline int tell(enum reason reason, __u32 policy, int enforced)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
@@ -367,7 +377,7 @@ __noinline int tell(enum reason reason, __u32 policy, int enforced)
 	event->flags = flags;
 	event->mode = then.bits.mode;
 	event->enforced = enforced;
-	event->granted = is_granted(task);
+	event->granted = is_current_granted(task);
 	publish(&slot);
 	return 0;
 }
@@ -507,33 +517,24 @@ int BPF_PROG(native32, const struct pt_regs *regs, long ret)
 	return see_native(ret);
 }
 
-static __always_inline int record_one(struct climb *climb)
-{
-	__u64 *grant;
-
-	grant = bpf_task_storage_get(&grants, climb->task->group_leader, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
-	if (!grant)
-		count(lost, 1);
-	else if (*grant <= climb->exec_id) /* an ancestor may have opened it in a later program meanwhile */
-		*grant = climb->exec_id + 1;
-	climb->task = parent_of(climb->task);
-	/* The id first: one that execs changes its address space before it. */
-	climb->exec_id = *(volatile __u64 *)&climb->task->self_exec_id;
-	return !shares_mm(climb->task, climb->mm);
-}
-
-static long record_next(__u32 index, struct climb *climb)
-{
-	return record_one(climb);
-}
-
 /* TASK has opened /dev/kvm: so has everybody above it who has its address space, MM. */
 static __always_inline void record(struct task_struct *task, struct mm_struct *mm, __u64 exec_id)
 {
-	struct climb climb = { .task = task, .mm = mm, .exec_id = exec_id };
+	__u64 *grant;
+	int i;
 
-	if (!record_one(&climb))
-		bpf_loop(GENERATIONS - 1, record_next, &climb, 0);
+	for (i = 0; i < GENERATIONS; i++) {
+		grant = bpf_task_storage_get(&grants, task->group_leader, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+		if (!grant)
+			count(lost, 1);
+		else if (*grant <= exec_id) /* an ancestor may have opened it in a later program meanwhile */
+			*grant = exec_id + 1;
+		task = parent_of(task);
+		/* The id first: one that execs changes its address space before it. */
+		exec_id = *(volatile __u64 *)&task->self_exec_id;
+		if (!shares_mm(task, mm))
+			return;
+	}
 }
 
 /* fexit, because only a successful open counts; misc_open, because it runs for misc devices alone. */
