@@ -33,7 +33,7 @@ MUTATIONS = {
         "return shares_mm(task, mm);": "return 1;",
     },
     "an exec keeps the grant: the id is not compared": {
-        "return grant && *grant == *(volatile __u64 *)&task->self_exec_id + 1;": "return grant && *grant;",
+        "return grant && *grant == exec_id + 1;": "return grant && *grant;",
     },
     "the parent is not asked": {
         "|| ancestor_of_current_has_opened_kvm();": "|| (0 && ancestor_of_current_has_opened_kvm());",

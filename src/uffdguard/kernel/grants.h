@@ -25,21 +25,32 @@ struct {
  */
 #define GENERATIONS 8
 
-static __always_inline int has_opened_kvm(struct task_struct *task)
+static __always_inline int holds(struct task_struct *task, __u64 exec_id)
 {
 	__u64 *grant = bpf_task_storage_get(&grants, task->group_leader, 0, 0);
 
-	return grant && *grant == *(volatile __u64 *)&task->self_exec_id + 1;
+	return grant && *grant == exec_id + 1;
+}
+
+static __always_inline int has_opened_kvm(struct task_struct *task)
+{
+	return holds(task, *(volatile __u64 *)&task->self_exec_id);
+}
+
+/* Of relatives by a helper: at run time that takes longer, but the verifier has no pointer to follow. */
+static __always_inline __u64 exec_id_of(struct task_struct *task)
+{
+	return BPF_CORE_READ(task, self_exec_id);
+}
+
+static __always_inline int shares_mm(struct task_struct *task, struct mm_struct *mm)
+{
+	return BPF_CORE_READ(task, mm) == mm;
 }
 
 static __always_inline struct task_struct *parent_of(struct task_struct *task)
 {
 	return task->group_leader->real_parent; /* not `parent`, which may be one that traces it */
-}
-
-static __always_inline int shares_mm(struct task_struct *task, struct mm_struct *mm)
-{
-	return *(struct mm_struct *volatile *)&task->mm == mm;
 }
 
 /* Of the task that is running the answer is exact: no other address space takes the place of its own meanwhile. */
@@ -55,7 +66,7 @@ static __always_inline int ancestor_has_opened_kvm(struct task_struct *task)
 		if (!shares_mm(task, mm))
 			return 0;
 		/* An ancestor that execs meanwhile may have opened it in its new address space: look at that last. */
-		if (has_opened_kvm(task))
+		if (holds(task, exec_id_of(task)))
 			return shares_mm(task, mm);
 	}
 	return 0;

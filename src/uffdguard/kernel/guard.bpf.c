@@ -531,7 +531,7 @@ static __always_inline void record(struct task_struct *task, struct mm_struct *m
 			*grant = exec_id + 1;
 		task = parent_of(task);
 		/* The id first: one that execs changes its address space before it. */
-		exec_id = *(volatile __u64 *)&task->self_exec_id;
+		exec_id = exec_id_of(task);
 		if (!shares_mm(task, mm))
 			return;
 	}
