@@ -43,14 +43,14 @@ PREPARE = """\
 {opened}{mounted}cd {cwd} || exit
 """
 
-#: Where the root is a disk: our directories are not in it. What the guest has read of them it does not ask for again:
-#: a start of Python asks for hundreds of files, and each question takes as long as thousands of instructions.
+#: A disk has none of our directories. With a cache the guest asks for a file once: Python asks for hundreds as it
+#: starts, and each answer takes as long as thousands of instructions.
 MOUNT = """\
 mkdir -p {path}
 mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=524288,cache=loose {tag} {path} || exit
 """
 
-#: Where this Python is, and what its environment links to, there is that of the disk.
+#: The environment of this Python leads to where it is: the disk has its own there.
 PYTHON = """\
 mkdir -p {parent}
 [ -e {prefix} ] || ln -s /usr {prefix}
