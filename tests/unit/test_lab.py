@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +12,7 @@ import pytest
 
 from uffdguard import cli
 from uffdguard.errors import Failure
-from uffdguard.lab import kernels, vm
+from uffdguard.lab import kernels, processes, roots, vm
 from uffdguard.lab.architectures import ARCHITECTURES, ARM64
 from uffdguard.lab.processes import output, process_group, reason
 
@@ -90,14 +91,43 @@ def test_each_architecture_has_its_own_kernels(cache: Path) -> None:
     assert "arch=arm64" in kernels.sources({"Debian": "https://one.example/debian/"}, ["trixie"], ARM64)
 
 
-def test_another_root_has_the_modules_and_our_directories_at_their_places(tmp_path: Path) -> None:
-    project, environment = tmp_path / "project", tmp_path / "project/.venv"
-    kernel = kernels.Kernel("6.12.95+deb13-arm64", tmp_path / "kernel")
-    words = vm.shares(kernel, tmp_path / "root", [project, environment])
-    assert f"--rodir={project}={project}" in words
-    assert f"--rodir=/usr/lib/modules={tmp_path}/kernel/lib/modules" in words
-    assert not [word for word in words if ".venv" in word]
-    assert (tmp_path / "root" / project.relative_to("/")).is_dir()
+def test_a_disk_has_our_directories_at_their_places(tmp_path: Path) -> None:
+    project, environment, other = tmp_path / "project", tmp_path / "project/.venv", tmp_path / "a, b"
+    places = vm.outermost([project, environment, other])
+    assert places == [project, other]
+    shared = " ".join(vm.exports(places))
+    mounted = vm.script(["true"], project, [], places, ARM64)
+    for number, path in enumerate(places):
+        assert f"local,id=lab{number},path={str(path).replace(',', ',,')},security_model=none,readonly=on" in shared
+        assert f" lab{number} {shlex.quote(str(path))} ||" in mounted
+    subprocess.run(["sh", "-n"], input=mounted, text=True, check=True)
+    assert " 9p " not in vm.script(["true"], project, [])
+
+
+def test_qemu_is_asked_for_before_a_disk_is_made(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kernels, "get", lambda word, architecture: kernels.Kernel("6.12.95+deb13-arm64", tmp_path))
+    monkeypatch.setattr(processes, "PATH", "")
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)
+    assert run_cli(capsys, "--arch", "arm64", "--", "true") == (
+        1,
+        "",
+        "uffdguard: lab: qemu-system-aarch64 is not installed; run `apt-get install qemu-system-arm`\n",
+    )
+
+
+def test_a_disk_that_cannot_be_made_is_told_on_one_line_and_nothing_is_left_of_it(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kernels, "get", lambda word, architecture: kernels.Kernel("6.12.95+deb13-arm64", tmp_path))
+    for module in (vm, roots):
+        monkeypatch.setattr(module, "need", lambda tool, package: tool)
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)
+    status, out, err = run_cli(capsys, "--arch", "arm64", "--", "true")
+    assert (status, out, err.count("\n")) == (1, "", 1)
+    assert err.startswith("uffdguard: lab: ")
+    assert list((cache / "disks").iterdir()) == []
 
 
 def test_a_line_that_the_archive_does_not_have_is_told_with_its_suites() -> None:

@@ -99,9 +99,10 @@ def command(
     written; what is written is gone with the VM. Everybody may enter the directories that lead to the current
     directory and to this Python, in the VM only.
 
-    With --arch arm64 the root file system is a Debian of that architecture, of this machine's own suite, which is
-    fetched and kept as kernels are, in roots. The current directory, and the environment of this Python when it is
-    outside of that, are visible in it at their places, read-only; this Python runs there as Debian's own.
+    With --arch arm64 the root file system is a disk with a Debian of that architecture, of this machine's own
+    suite. It is made the first time, of packages that are fetched as kernels are, and kept in disks. All of it can
+    be written. The current directory, and the environment of this Python when it is outside of that, are visible
+    at their places, read-only; this Python runs there as Debian's own.
 
     Kernel messages go to a log. Its lines are shown, and it is kept, when the VM ended before COMMAND did
     (exit status 1), when COMMAND was not done in time (124), and when the kernel reported a bug.

@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import compileall
 import fcntl
+import os
 import platform
 import shutil
 import subprocess
-import sys
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from uffdguard.errors import Failure
 from uffdguard.lab.kernels import Apt, cache
-from uffdguard.lab.processes import need
+from uffdguard.lab.processes import need, output
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from pathlib import Path
 
     from uffdguard.lab.architectures import Architecture
 
@@ -29,6 +29,9 @@ PACKAGES = (
     *("python3", "libbpf1", "prometheus", "stress-ng", "qemu-system-arm"),
     *("clang", "libbpf-dev", "libc6-dev"),  # tests compile variants of the kernel side
 )
+
+#: Of the disk. What nothing was written to takes no room.
+SIZE = "4G"
 
 #: Debian is in one tree since 12; its packages are not, and would replace these links.
 MERGED = ("bin", "sbin", "lib")
@@ -42,54 +45,78 @@ FILES = {"fstab": "", "hosts": "127.0.0.1 localhost\n", "shadow": ""} | {
 }
 
 
-def get(architecture: Architecture) -> Path:
+@dataclass(frozen=True)
+class Root:
+    """A root file system in the cache. No VM changes it."""
+
+    directory: Path
+
+    @property
+    def disk(self) -> Path:
+        """The image, of ext4: the guest keeps in its memory what it has read of it, unlike what it reads over 9p."""
+        return self.directory / "disk"
+
+    @property
+    def busybox(self) -> Path:
+        """What mounts the disk in the guest."""
+        return self.directory / "busybox"
+
+
+def get(architecture: Architecture) -> Root:
     """Return the root file system in the cache; without one, make it.
 
     Raises:
         Failure: A tool or an archive is missing, a signature or a download is bad.
     """
     suite = platform.freedesktop_os_release().get("VERSION_CODENAME", "")
-    root = cache() / "roots" / f"{suite}-{architecture.name}"
-    if not root.exists():
+    root = Root(cache() / "disks" / f"{suite}-{architecture.name}")
+    if not root.directory.exists():
         apt = Apt((suite, f"{suite}-security"), architecture)
         with (apt.directory / "lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if not root.exists():
+            if not root.directory.exists():
                 make(root, apt)
-    share(root, [Path(sys.base_prefix)], "/usr")
     return root
 
 
-def make(root: Path, apt: Apt) -> None:
-    """Fetch the packages by APT and unpack them to ROOT.
+def make(root: Root, apt: Apt) -> None:
+    """Fetch the packages by APT and make ROOT of them.
 
     Raises:
         Failure: A tool or an archive is missing, a signature or a download is bad.
     """
-    partial = root.with_name(f"{root.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    mke2fs = [need("mke2fs", "e2fsprogs"), "-q", "-t", "ext4", "-O", "^has_journal"]
+    partial = Root(root.directory.with_name(f"{root.directory.name}.partial"))
+    tree = partial.directory / "tree"
+    shutil.rmtree(partial.directory, ignore_errors=True)
     try:
         for name in MERGED:
-            (partial / "usr" / name).mkdir(parents=True)
-            (partial / name).symlink_to(f"usr/{name}")
+            (tree / "usr" / name).mkdir(parents=True)
+            (tree / name).symlink_to(f"usr/{name}")
         apt.update()
         for deb in apt.closure(["?essential", *PACKAGES], f"Debian for {apt.architecture.name}"):
-            unpack(deb, partial)
+            unpack(deb, tree)
         for name in DIRECTORIES:
-            (partial / name).mkdir(parents=True, exist_ok=True)
+            (tree / name).mkdir(parents=True, exist_ok=True)
+            (tree / name).chmod(0o755)  # /root is on the way to what somebody else may run
         for link, target in LINKS.items():
-            (partial / link).symlink_to(target)
+            (tree / link).symlink_to(target)
         for name in ("passwd", "group"):
-            text = (partial / f"usr/share/base-passwd/{name}.master").read_text()
-            (partial / "etc" / name).write_text(text + (GROUPS if name == "group" else ""))
+            text = (tree / f"usr/share/base-passwd/{name}.master").read_text()
+            (tree / "etc" / name).write_text(text + (GROUPS if name == "group" else ""))
         for name, text in FILES.items():
-            (partial / "etc" / name).write_text(text)
+            (tree / "etc" / name).write_text(text)
         # The guest would compile what it imports at each boot. Our Python is of the version of that one.
-        for library in (partial / "usr/lib").glob("python3.*"):
-            compileall.compile_dir(library, stripdir=partial, prependdir="/", quiet=2, workers=0)
-        partial.rename(root)
+        for library in (tree / "usr/lib").glob("python3.*"):
+            compileall.compile_dir(library, stripdir=tree, prependdir="/", quiet=2, workers=0)
+        # To who is not root here, all of it belongs; there, to root.
+        as_root = [] if os.geteuid() == 0 else [need("unshare", "util-linux"), "--map-root-user"]
+        output([*as_root, *mke2fs, "-d", tree, partial.disk, SIZE])
+        shutil.copy(tree / "usr/bin/busybox", partial.busybox)
+        shutil.rmtree(tree)
+        partial.directory.rename(root.directory)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(partial.directory, ignore_errors=True)
 
 
 def unpack(deb: Path, root: Path) -> None:
@@ -99,17 +126,6 @@ def unpack(deb: Path, root: Path) -> None:
         Failure: It could not be.
     """
     with subprocess.Popen([need("dpkg-deb", "dpkg"), "--fsys-tarfile", deb], stdout=subprocess.PIPE) as tar:
-        done = subprocess.run(["tar", "-x", "--keep-directory-symlink", "-C", root], stdin=tar.stdout)
+        done = subprocess.run(["tar", "-xp", "--keep-directory-symlink", "-C", root], stdin=tar.stdout)
     if tar.returncode or done.returncode:
         raise Failure(f"lab: {deb.name} could not be unpacked")
-
-
-def share(root: Path, paths: Iterable[Path], target: str | None = None) -> None:
-    """Make PATHS in ROOT, for what is mounted there in the guest; or links to TARGET, where they are not there."""
-    for path in paths:
-        inside = root / path.relative_to("/")
-        if target is None:
-            inside.mkdir(parents=True, exist_ok=True)
-        elif not inside.exists() and not inside.is_symlink():
-            inside.parent.mkdir(parents=True, exist_ok=True)
-            inside.symlink_to(target)

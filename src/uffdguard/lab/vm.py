@@ -20,6 +20,7 @@ from uffdguard.errors import Failure
 from uffdguard.lab import roots
 from uffdguard.lab.architectures import AMD64, Architecture
 from uffdguard.lab.processes import PATH, need, process_group
+from uffdguard.lab.roots import Root
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -39,7 +40,20 @@ TIMED_OUT = 124
 PREPARE = """\
 #!/bin/sh
 {kvm}mount -t bpf bpf /sys/fs/bpf
-{opened}cd {cwd} || exit
+{opened}{mounted}cd {cwd} || exit
+"""
+
+#: A disk has none of our directories. With a cache the guest asks for a file once: Python asks for hundreds as it
+#: starts, and each answer takes as long as thousands of instructions.
+MOUNT = """\
+mkdir -p {path}
+mount -t 9p -o ro,trans=virtio,version=9p2000.L,msize=524288,cache=loose {tag} {path} || exit
+"""
+
+#: The environment of this Python leads to where it is: the disk has its own there.
+PYTHON = """\
+mkdir -p {parent}
+[ -e {prefix} ] || ln -s /usr {prefix}
 """
 
 #: COMMAND's output is a pipe, not a file: whoever opens /dev/stdout would truncate a file. A process that
@@ -92,20 +106,24 @@ def run(
         Failure: A tool is missing, or the VM ended before COMMAND did.
     """
     deadline = time.monotonic() + timeout if timeout else None
-    ours = [Path.cwd(), Path(sys.prefix)]
-    foreign = None if kernel.architecture.machine == platform.machine() else roots.get(kernel.architecture)
-    closed = closed_directories([*ours, Path(sys.base_prefix)]) if foreign is None else []
+    # A disk has its own /usr, where this Python may be the system's.
+    ours = sorted({Path.cwd(), Path(sys.prefix)} - {Path("/"), Path("/usr")})
+    need(kernel.architecture.qemu, kernel.architecture.qemu_package)
+    root = None if kernel.architecture.machine == platform.machine() else roots.get(kernel.architecture)
+    closed = closed_directories([*ours, Path(sys.base_prefix)]) if root is None else []
     options = ["--cpus", str(cpus), "--memory", memory, *(f"--kopt={word}" for word in append)]
     counted = ["-icount", "shift=0,sleep=off"] if count_instructions else []
     shared = Path(tempfile.mkdtemp(prefix="uffdguard-lab-"))
     keep = False
     try:
-        (shared / "boot").write_bytes(os.fsencode(script(command, Path.cwd(), closed, kernel.architecture)))
+        places = [] if root is None else outermost(ours)
+        text = script(command, Path.cwd(), closed, places, kernel.architecture)
+        (shared / "boot").write_bytes(os.fsencode(text))
         (shared / "boot").chmod(0o755)
-        argv = virtme(kernel, shared, overlays(closed), terminal=not command)
-        if foreign:
-            argv += shares(kernel, foreign, ours)
+        argv = virtme(kernel, shared, root or overlays(closed), terminal=not command)
         argv += [*options, "--qemu-opts", "-no-reboot", *ONE_THREAD, *kernel.architecture.options, *counted]
+        # What the guest writes to its disk is gone with it.
+        argv += ["-snapshot", *exports(places)] if root else []
         with process_group(
             argv,
             terminal=not command,
@@ -118,10 +136,6 @@ def run(
         status = exit_status(shared)
         keep = report(shared, over, status)
     finally:
-        for left in foreign.glob("virtme-init-*") if foreign else []:
-            # virtme-run, being killed, leaves what it puts there for the guest's first seconds.
-            if time.time() - left.stat().st_mtime > 600:
-                left.unlink(missing_ok=True)
         if not keep:
             shutil.rmtree(shared, ignore_errors=True)
     if over:
@@ -166,7 +180,37 @@ def overlays(closed: Iterable[Path]) -> list[str]:
     return chosen
 
 
-def script(command: Sequence[str], cwd: Path, closed: Sequence[Path], architecture: Architecture = AMD64) -> str:
+def outermost(paths: Sequence[Path]) -> list[Path]:
+    """Return those of PATHS that are not inside of another one."""
+    return [path for path in paths if not any(path != other and path.is_relative_to(other) for other in paths)]
+
+
+def exports(places: Iterable[Path]) -> list[str]:
+    """Return what QEMU needs for the guest to mount PLACES of this machine."""
+    argv = []
+    for number, path in enumerate(places):
+        share = f"local,id=lab{number},path={str(path).replace(',', ',,')},security_model=none,readonly=on"
+        argv += ["-fsdev", f"{share},multidevs=remap"]
+        argv += ["-device", f"virtio-9p-device,fsdev=lab{number},mount_tag=lab{number}"]
+    return argv
+
+
+def mounts(places: Iterable[Path]) -> str:
+    """Return the part of the script that mounts PLACES where they are on this machine."""
+    lines = [MOUNT.format(tag=f"lab{number}", path=shlex.quote(str(path))) for number, path in enumerate(places)]
+    prefix = Path(sys.base_prefix)
+    if lines and not prefix.is_relative_to("/usr"):
+        lines.append(PYTHON.format(parent=shlex.quote(str(prefix.parent)), prefix=shlex.quote(str(prefix))))
+    return "".join(lines)
+
+
+def script(
+    command: Sequence[str],
+    cwd: Path,
+    closed: Sequence[Path],
+    places: Sequence[Path] = (),
+    architecture: Architecture = AMD64,
+) -> str:
     """Return the shell script that prepares the guest, runs COMMAND, or a shell, and writes its status."""
     environment = {
         "PATH": PATH,
@@ -180,17 +224,18 @@ def script(command: Sequence[str], cwd: Path, closed: Sequence[Path], architectu
     opened = f"chmod a+rx {shlex.join(map(str, closed))}\n" if closed else ""
     module = architecture.kvm_module
     kvm = f"modprobe {module}\n" if module else ""
-    prepare = PREPARE.format(kvm=kvm, opened=opened, cwd=shlex.quote(str(cwd)))
+    prepare = PREPARE.format(kvm=kvm, opened=opened, mounted=mounts(places), cwd=shlex.quote(str(cwd)))
     return prepare + (RUN if command else SHELL).format(command=shlex.join(words), shared=SHARED)
 
 
-def virtme(kernel: Kernel, shared: Path, overlaid: Iterable[str], *, terminal: bool) -> list[str]:
+def virtme(kernel: Kernel, shared: Path, root: Root | Iterable[str], *, terminal: bool) -> list[str]:
     """Return the command line of virtme-ng: of virtme-run, since vng breaks on blanks in paths.
+
+    ROOT is a disk, or the directories of this machine's own root file system that can be written in the guest.
 
     Raises:
         Failure: A tool is missing.
     """
-    need(kernel.architecture.qemu, kernel.architecture.qemu_package)
     need("busybox", "busybox-static")
     need("modprobe", "kmod")
     need("file", "file")
@@ -200,19 +245,14 @@ def virtme(kernel: Kernel, shared: Path, overlaid: Iterable[str], *, terminal: b
     argv = [virtme_run, "--kimg", str(kernel.image), "--mods", "auto", "--disable-kvm", "--force-9p"]
     argv += ["--name", "lab", "--kopt", "panic=-1", "--kopt", SIGNED, "--rwdir", f"{SHARED}={shared}"]
     argv += [f"--kopt={word}" for word in kernel.architecture.parameters]
-    argv += [word for directory in overlaid for word in ("--overlay-rwdir", directory)]
+    if isinstance(root, Root):
+        argv += ["--arch", kernel.architecture.machine, "--busybox", str(root.busybox)]
+        argv += ["--root-disk", str(root.disk), "--root-fstype", "ext4", "--rw"]
+    else:
+        argv += [word for directory in root for word in ("--overlay-rwdir", directory)]
     if terminal:
         return [*argv, "--shell", f"{SHARED}/boot"]
     return [*argv, "--show-boot-console", "--verbose", "--script-sh", f"sh {SHARED}/boot"]
-
-
-def shares(kernel: Kernel, root: Path, paths: Iterable[Path]) -> list[str]:
-    """Return what virtme-run needs for another ROOT: the modules, and each of PATHS in its place, are mounted there."""
-    outer = [path for path in paths if not any(path != other and path.is_relative_to(other) for other in paths)]
-    roots.share(root, outer)
-    mounted = {"/usr/lib/modules": kernel.directory / "lib/modules", **{str(path): path for path in outer}}
-    argv = ["--arch", kernel.architecture.machine, "--root", str(root), "--busybox", f"{root}/usr/bin/busybox"]
-    return [*argv, *(f"--rodir={inside}={path}" for inside, path in mounted.items())]
 
 
 def follow(vm: subprocess.Popen[bytes], shared: Path, deadline: float | None) -> bool:
