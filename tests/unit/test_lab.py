@@ -340,3 +340,18 @@ def test_nothing_of_a_process_group_is_left() -> None:
         child = int(process.stdout.readline())
         assert Path(f"/proc/{child}").exists()
     assert not Path(f"/proc/{child}").exists()
+
+
+def test_what_the_guest_may_cover_in_var_is_uncovered_inner_first() -> None:
+    clone = Path("/var/tmp/none/clone")
+    assert vm.covered_directories([Path("/srv/none"), clone]) == [clone, Path("/var/tmp/none"), Path("/var/tmp")]
+    text = vm.script(["true"], clone, covered=vm.covered_directories([clone]))
+    assert text.index("umount /var/tmp/none/clone ") < text.index("cd /var/tmp/none/clone ")
+    assert "umount" not in vm.script(["true"], Path("/srv/none"))
+
+
+@pytest.mark.parametrize("path", ["/run/user/1000/clone", "/dev/shm/clone"])
+def test_what_the_guest_cannot_see_is_refused_with_where_to_have_it(path: str) -> None:
+    with pytest.raises(Failure, match=f"^lab: {path} cannot be seen in the VM, .*; have the project") as error:
+        vm.covered_directories([Path("/srv"), Path(path)])
+    assert str(error.value).count("\n") == 0

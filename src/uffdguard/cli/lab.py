@@ -97,7 +97,7 @@ def command(
 
     In the VM the root file system is read-only. /etc, /home, /opt, /srv, /tmp, /usr, /var and /run can be
     written; what is written is gone with the VM. Everybody may enter the directories that lead to the current
-    directory and to this Python, in the VM only.
+    directory and to this Python, in the VM only. Neither may be below /dev or /run, of which the VM has its own.
 
     With --arch arm64 the root file system is a Debian of that architecture, of this machine's own suite, which is
     fetched and kept as kernels are, in roots. The current directory, and the environment of this Python when it is

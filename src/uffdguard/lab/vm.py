@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 #: Directories that can be written in the guest; what is written is gone with it.
 OVERLAID = ("/etc", "/lib", "/home", "/opt", "/srv", "/usr", "/var", "/tmp")
 
+#: Directories that are the guest's own: what this machine has there cannot be seen in it.
+OWN = ("/dev", "/proc", "/run", "/sys")
+
 #: Where the guest has the directory that it shares with the host.
 SHARED = "/run/lab"
 
@@ -39,7 +42,7 @@ TIMED_OUT = 124
 PREPARE = """\
 #!/bin/sh
 {kvm}mount -t bpf bpf /sys/fs/bpf
-{opened}cd {cwd} || exit
+{uncovered}{opened}cd {cwd} || exit
 """
 
 #: COMMAND's output is a pipe, not a file: whoever opens /dev/stdout would truncate a file. A process that
@@ -89,18 +92,20 @@ def run(
     behind.
 
     Raises:
-        Failure: A tool is missing, or the VM ended before COMMAND did.
+        Failure: A tool is missing, the VM cannot show a directory, or it ended before COMMAND did.
     """
     deadline = time.monotonic() + timeout if timeout else None
     ours = [Path.cwd(), Path(sys.prefix)]
     foreign = None if kernel.architecture.machine == platform.machine() else roots.get(kernel.architecture)
-    closed = closed_directories([*ours, Path(sys.base_prefix)]) if foreign is None else []
+    needed = [] if foreign else [*ours, Path(sys.base_prefix)]
+    closed = closed_directories(needed)
     options = ["--cpus", str(cpus), "--memory", memory, *(f"--kopt={word}" for word in append)]
     counted = ["-icount", "shift=0,sleep=off"] if count_instructions else []
     shared = Path(tempfile.mkdtemp(prefix="uffdguard-lab-"))
     keep = False
     try:
-        (shared / "boot").write_bytes(os.fsencode(script(command, Path.cwd(), closed, kernel.architecture)))
+        text = script(command, Path.cwd(), closed, covered_directories(needed), kernel.architecture)
+        (shared / "boot").write_bytes(os.fsencode(text))
         (shared / "boot").chmod(0o755)
         argv = virtme(kernel, shared, overlays(closed), terminal=not command)
         if foreign:
@@ -157,6 +162,25 @@ def closed_directories(paths: Iterable[Path]) -> list[Path]:
     return sorted(directory for directory in directories if not directory.stat().st_mode & stat.S_IXOTH)
 
 
+def covered_directories(paths: Sequence[Path]) -> list[Path]:
+    """Return the directories on the way to PATHS, these included, that virtme-ng may hide in the guest; inner first.
+
+    It mounts an empty file system on /var/tmp and on others in /var. Nothing else is mounted in /var there.
+
+    Raises:
+        Failure: What is hidden cannot be shown.
+    """
+    for path in paths:
+        for own in OWN:
+            if path.resolve().is_relative_to(own):
+                raise Failure(
+                    f"lab: {path} cannot be seen in the VM, which has a {own} of its own",
+                    "have the project and its environment below /home, /root, /srv or /var/tmp",
+                )
+    ways = {way for path in paths for way in (path.resolve(), *path.resolve().parents)}
+    return sorted((way for way in ways if Path("/var") in way.parents), reverse=True)
+
+
 def overlays(closed: Iterable[Path]) -> list[str]:
     """Return the directories to overlay in the guest, so that the mode of each CLOSED one can be changed."""
     chosen = list(OVERLAID)
@@ -166,7 +190,13 @@ def overlays(closed: Iterable[Path]) -> list[str]:
     return chosen
 
 
-def script(command: Sequence[str], cwd: Path, closed: Sequence[Path], architecture: Architecture = AMD64) -> str:
+def script(
+    command: Sequence[str],
+    cwd: Path,
+    closed: Sequence[Path] = (),
+    covered: Sequence[Path] = (),
+    architecture: Architecture = AMD64,
+) -> str:
     """Return the shell script that prepares the guest, runs COMMAND, or a shell, and writes its status."""
     environment = {
         "PATH": PATH,
@@ -178,9 +208,10 @@ def script(command: Sequence[str], cwd: Path, closed: Sequence[Path], architectu
     # Without the inner shell, env would take a COMMAND with "=" in its name for one more variable.
     words += ["sh", "-c", 'exec "$@"', "sh", *(command or BASH)]
     opened = f"chmod a+rx {shlex.join(map(str, closed))}\n" if closed else ""
+    uncovered = f"umount {shlex.join(map(str, covered))} 2>/dev/null\n" if covered else ""
     module = architecture.kvm_module
     kvm = f"modprobe {module}\n" if module else ""
-    prepare = PREPARE.format(kvm=kvm, opened=opened, cwd=shlex.quote(str(cwd)))
+    prepare = PREPARE.format(kvm=kvm, uncovered=uncovered, opened=opened, cwd=shlex.quote(str(cwd)))
     return prepare + (RUN if command else SHELL).format(command=shlex.join(words), shared=SHARED)
 
 
