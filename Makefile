@@ -15,8 +15,8 @@ DEBIAN_PACKAGES = busybox-static chromium clang crun file groff-base kmod libbpf
 SYSTEM := $(shell . /etc/os-release && echo $$ID$$VERSION_ID $$VERSION_CODENAME)
 
 # What `make deb` and `make test-boot` need on top. Debian 12 has no msgspec.
-DEB_PACKAGES = build-essential clang debhelper debootstrap dh-python dpkg-dev libbpf-dev libc6-dev lintian python3-click \
-	python3-pip $(if $(filter debian12,$(SYSTEM)),,python3-msgspec)
+DEB_PACKAGES = build-essential clang debhelper debootstrap dh-python dpkg-dev e2fsprogs libbpf-dev libc6-dev lintian \
+	python3-click python3-pip $(if $(filter debian12,$(SYSTEM)),,python3-msgspec)
 
 # What arm64 in the lab needs on top: QEMU, and what compiles for it.
 ARM64_PACKAGES = binutils-arm-linux-gnueabihf gcc-aarch64-linux-gnu libc6-dev-arm64-cross linux-libc-dev-armhf-cross \
