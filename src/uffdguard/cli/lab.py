@@ -103,6 +103,10 @@ def command(
     fetched and kept as kernels are, in roots. The current directory, and the environment of this Python when it is
     outside of that, are visible in it at their places, read-only; this Python runs there as Debian's own.
 
+    A line that ends in -rt is of Debian's preemptible build; the VM then passes for one of VMware's, without which
+    there is no KVM. One that ends in -cloud has no 9p, and virtiofsd serves its root file system: this machine's, or
+    that of Debian 13, which is fetched.
+
     Kernel messages go to a log. Its lines are shown, and it is kept, when the VM ended before COMMAND did
     (exit status 1), when COMMAND was not done in time (124), and when the kernel reported a bug.
 

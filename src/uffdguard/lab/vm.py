@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from uffdguard.errors import Failure
-from uffdguard.lab import roots
+from uffdguard.lab import roots, virtiofs
 from uffdguard.lab.architectures import AMD64, Architecture
+from uffdguard.lab.kernels import flavour
 from uffdguard.lab.processes import PATH, need, process_group
 
 if TYPE_CHECKING:
@@ -68,6 +69,11 @@ echo $? >{shared}/status
 #: and for BPF trampolines: the kernel dies of "Oops: int3".
 ONE_THREAD = ("-accel", "tcg,thread=single")
 
+#: KVM of a -rt kernel needs a TSC that the kernel takes for constant. QEMU emulates no CPU that says so of itself. The
+#: kernel takes that of VMware for one, and the machine for VMware's by this: vmware_platform() of
+#: arch/x86/kernel/cpu/vmware.c, which also asks a port that QEMU has.
+CONSTANT_TSC = ("-cpu", "max,-hypervisor", "-smbios", "type=1,serial=VMware-")
+
 #: A kernel loads its own modules only: apt could not check those of some, see Apt.download_modules().
 SIGNED = "module.sig_enforce=1"
 
@@ -100,6 +106,7 @@ def run(
     needed = [] if foreign else [*ours, Path(sys.base_prefix)]
     closed = closed_directories(needed)
     options = ["--cpus", str(cpus), "--memory", memory, *(f"--kopt={word}" for word in append)]
+    real_time = CONSTANT_TSC if flavour(kernel.release) == "-rt" and foreign is None else ()
     counted = ["-icount", "shift=0,sleep=off"] if count_instructions else []
     shared = Path(tempfile.mkdtemp(prefix="uffdguard-lab-"))
     keep = False
@@ -110,14 +117,17 @@ def run(
         argv = virtme(kernel, shared, overlays(closed), terminal=not command)
         if foreign:
             argv += shares(kernel, foreign, ours)
-        argv += [*options, "--qemu-opts", "-no-reboot", *ONE_THREAD, *kernel.architecture.options, *counted]
+        argv += [*options, "--qemu-opts", "-no-reboot", *ONE_THREAD, *kernel.architecture.options, *real_time, *counted]
+        # virtme-run, being killed, leaves its temporary files behind.
+        variables = {"TMPDIR": str(shared)}
+        if without_9p(kernel):
+            variables["PATH"] = f"{virtiofs.directory()}:{PATH}"
         with process_group(
             argv,
             terminal=not command,
             stdout=subprocess.PIPE if command else None,
             stderr=subprocess.STDOUT if command else subprocess.PIPE,
-            # virtme-run, being killed, leaves its temporary files behind.
-            variables={"TMPDIR": str(shared)},
+            variables=variables,
         ) as vm:
             over = follow(vm, shared, deadline)
         status = exit_status(shared)
@@ -135,6 +145,11 @@ def run(
     if status is None:
         raise Failure("lab: the VM ended before COMMAND did", f"kernel log: {shared}/log")
     return status
+
+
+def without_9p(kernel: Kernel) -> bool:
+    """Whether KERNEL has virtiofs for this machine's files, and no 9p."""
+    return flavour(kernel.release) == "-cloud"
 
 
 def report(shared: Path, over: bool, status: int | None) -> bool:
@@ -228,7 +243,8 @@ def virtme(kernel: Kernel, shared: Path, overlaid: Iterable[str], *, terminal: b
     virtme_run = shutil.which("virtme-run", path=f"{Path(sys.executable).parent}:{PATH}")
     if virtme_run is None:
         raise Failure("lab: virtme-ng is not installed", "run `pip install 'uffdguard[lab]'`")
-    argv = [virtme_run, "--kimg", str(kernel.image), "--mods", "auto", "--disable-kvm", "--force-9p"]
+    argv = [virtme_run, "--kimg", str(kernel.image), "--mods", "auto", "--disable-kvm"]
+    argv += [] if without_9p(kernel) else ["--force-9p"]
     argv += ["--name", "lab", "--kopt", "panic=-1", "--kopt", SIGNED, "--rwdir", f"{SHARED}={shared}"]
     argv += [f"--kopt={word}" for word in kernel.architecture.parameters]
     argv += [word for directory in overlaid for word in ("--overlay-rwdir", directory)]
