@@ -27,7 +27,7 @@ SECONDS = 1800
 
 def base(suite: str, packages: Sequence[str]) -> Path:
     """Return a fresh Debian below the user's cache; make it when it is not there."""
-    key = hashlib.sha256(repr(packages).encode()).hexdigest()[:8]
+    key = hashlib.sha256(repr((suite, packages)).encode()).hexdigest()[:8]
     root = kernels.cache() / "roots" / f"{suite}-{key}"
     if not root.exists():
         partial = root.with_name("partial")
