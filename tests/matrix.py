@@ -23,9 +23,9 @@ from uffdguard.lab.architectures import AMD64, ARM64, Architecture
 REFUSED = "tests/refused"
 LOGS = Path("build/matrix")
 
-#: What is tried: all lines of amd64; of arm64 the oldest that can, the one before it and the newest.
+#: What is tried: all lines and flavours of amd64; of arm64 the oldest that can, the one before it and the newest.
 ROWS = (
-    *((line, AMD64) for line in kernels.LINES),
+    *((line, AMD64) for line in (*kernels.LINES, *kernels.FLAVOURS)),
     *((line, ARM64) for line in (kernels.find_line("6.1"), kernels.oldest(ARM64), kernels.NEWEST)),
 )
 

@@ -21,3 +21,13 @@ TEST = block("sh", "make test")
 INSTALL = block("sh", "pip install")
 DIALOGUE = block("console", "uffdguard start")
 CONFIGURATION = block("toml", "mode =")
+
+
+def check_demo(out: str) -> None:
+    """See that OUT, what `make demo` printed, shows what the README says it shows."""
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if line.startswith("│")]
+    refused_but_enabled, allowed = ["EPERM", "allowed", "EPERM"], ["allowed"] * 3
+    assert [row[2:] for row in rows[:-1]] == [allowed, allowed, *[refused_but_enabled] * 3, ["EPERM", *allowed[1:]]]
+    disabled, *others = rows[-1][2:]
+    assert disabled == "refused"
+    assert all(cell.startswith("completed, ") for cell in others)

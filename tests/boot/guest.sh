@@ -31,6 +31,22 @@ before() {
 	if [ "$(type -t "before_$1")" ]; then "before_$1"; fi
 }
 
+# What the package is for, in short.
+smoke() {
+	dpkg -i /root/uffdguard.deb
+	tell installed $?
+	served
+	tell units "$(units)"
+	tell file "$(cat $FILE)"
+	echo kvm >$FILE
+	tell status "$(uffdguard status | sed -n 's/^\(policy\|mode\|interface file\) *//p' | sed 's/ since.*//')"
+	tell refused "$(as stranger /root/actor syscall device)"
+	tell allowed "$(as user /root/actor open:/dev/kvm syscall device)"
+	for _ in $(seq 50); do logged | grep -q . && break; sleep 0.2; done
+	tell logged "$(logged)"
+	removed
+}
+
 # An installation where no BPF LSM is, on a machine that libvirt has opened.
 incapable() {
 	echo 1 >$FILE
@@ -249,6 +265,10 @@ on() {
 	served
 	tell begun-again "$(cat $FILE);$(units);$(failed)"
 
+	removed
+}
+
+removed() {
 	dpkg --purge uffdguard >&2
 	tell removed "$?;$(cat $FILE);$(find / -xdev -name '*uffdguard*' -not -path '/root/*' -not -path '/var/log/*' \
 		-not -path '/proc/*' -not -path '/sys/*')"

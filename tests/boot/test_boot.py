@@ -6,31 +6,26 @@ Each boot is one phase of ``guest.sh``, which tells what it sees; the tests look
 from __future__ import annotations
 
 import functools
-import hashlib
+import platform
 import re
 import shutil
 import subprocess
-import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-
-from uffdguard.lab import kernels, vm
-from uffdguard.lab.kernels import Apt
+from boot import machines
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
-SUITE = "bookworm"
+#: `make deb` makes the package of this machine's own.
+SUITE = platform.freedesktop_os_release()["VERSION_CODENAME"]
 PACKAGES = (
-    *("systemd", "systemd-sysv", "udev", "kmod", "procps", "dbus", "initramfs-tools", "linux-image-amd64", "zstd"),
-    *("python3", "python3-click", "libbpf1"),
+    *machines.BOOT,
+    *(() if SUITE == "bookworm" else ("python3-msgspec",)),
     *("podman", "netavark", "crun", "uidmap", "slirp4netns", "busybox-static"),
 )
-SECONDS = 1800
 #: The phases of guest.sh, with what the kernel's command line has for each.
 WITHOUT_LSM = "lsm=lockdown,yama,integrity"
 PHASES = {
@@ -51,50 +46,12 @@ FAILED = ["without_lsm", "without_python", "typo"]
 def machine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a directory with a disk that has the two packages, and the kernel to boot it with."""
     folder = tmp_path_factory.mktemp("machine")
-    root = folder / "root"
-    subprocess.run(["cp", "-a", base(), root], check=True)
-    (first,) = (ROOT / "dist").glob("uffdguard_*_amd64.deb")
-    shutil.copy(first, root / "root/uffdguard_1_amd64.deb")
-    repack(first, root / "root/uffdguard_2_amd64.deb", folder)
-    shutil.copy(ROOT / "build/actor", root / "root/actor")
-    shutil.copy(HERE / "guest.sh", root / "root/guest.sh")
-    (root / "root").chmod(0o755)
-    shutil.rmtree(root / "var/log/journal")  # of each boot alone
-    units = {
-        "told": "[Unit]\nAfter=multi-user.target\n[Service]\nExecStart=/bin/bash /root/guest.sh\n",
-        "before": "[Unit]\nDefaultDependencies=no\nAfter=systemd-remount-fs.service\n"
-        "Before=systemd-modules-load.service systemd-sysctl.service uffdguard.service\n"
-        "[Service]\nType=oneshot\nExecStart=/bin/bash /root/guest.sh before\n",
-    }
-    wants = root / "etc/systemd/system/default.target.wants"
-    wants.mkdir(exist_ok=True)
-    for name, unit in units.items():
-        (wants.parent / f"{name}.service").write_text(unit)
-        (wants / f"{name}.service").symlink_to(f"../{name}.service")
-    (root / "etc/modules-load.d/kvm.conf").write_text("kvm_amd\n")
-    for name in ("image", "initrd"):
-        (file,) = root.glob("boot/vmlinuz-*" if name == "image" else "boot/initrd.img-*")
-        shutil.copy(file, folder / name)
-    subprocess.run(["mke2fs", "-q", "-t", "ext4", "-d", root, folder / "disk", "3G"], check=True)
-    shutil.rmtree(root)
+    (first,) = (machines.ROOT / "dist").glob("uffdguard_*_amd64.deb")
+    second = folder / "second.deb"
+    repack(first, second, folder)
+    packages = {"uffdguard_1_amd64.deb": first, "uffdguard_2_amd64.deb": second}
+    machines.make_disk(folder, machines.base(SUITE, PACKAGES), packages)
     return folder
-
-
-def base() -> Path:
-    """Return a fresh Debian below the user's cache; make it when it is not there."""
-    root = kernels.cache() / "roots" / f"{SUITE}-{hashlib.sha256(repr(PACKAGES).encode()).hexdigest()[:8]}"
-    if not root.exists():
-        partial = root.with_name("partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        uri = Apt((SUITE,)).uris()["Debian"]
-        argv = ["debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(partial), uri]
-        subprocess.run(argv, check=True, stdout=subprocess.DEVNULL)
-        for user in ("user", "stranger"):
-            subprocess.run(["chroot", partial, "useradd", "-m", "-s", "/bin/bash", user], check=True)
-        subprocess.run(["chroot", partial, "usermod", "-a", "-G", "kvm", "user"], check=True)
-        partial.rename(root)
-    return root
 
 
 def repack(package: Path, target: Path, folder: Path) -> None:
@@ -117,23 +74,7 @@ def boot(machine: Path) -> Callable[[str], dict[str, str]]:
     def phase(name: str) -> dict[str, str]:
         if name != "incapable":
             phase("incapable")  # which installs the package
-        words = [f"phase={name}", *PHASES[name]]
-        told = machine / f"{name}.told"
-        argv = ["qemu-system-x86_64", "-machine", "q35", "-cpu", "qemu64,+svm,+npt", "-m", "2G", "-smp", "2"]
-        argv += [*vm.ONE_THREAD, "-nodefaults", "-display", "none", "-no-reboot"]
-        # A package manager waits for the disk after each file; this one need not survive the machine.
-        argv += ["-drive", f"file={machine}/disk,format=raw,if=virtio,cache=unsafe"]
-        argv += ["-kernel", f"{machine}/image", "-initrd", f"{machine}/initrd"]
-        argv += ["-append", " ".join(["root=/dev/vda", "rw", "console=ttyS0", "panic=-1", *words])]
-        for file in (f"{name}.console", told.name, f"{name}.log"):
-            argv += ["-serial", f"file:{machine}/{file}"]
-        began = time.monotonic()
-        subprocess.run(argv, check=True, timeout=SECONDS, stdin=subprocess.DEVNULL)
-        lines = told.read_text().replace("\r", "").splitlines()
-        print(f"{name}, {time.monotonic() - began:.0f} s, {machine}:", *lines, sep="\n  ")
-        facts = dict(line.split("=", 1) for line in lines)
-        assert facts.pop("end") == "1"
-        return facts
+        return machines.boot(machine, name, PHASES[name])
 
     return phase
 
@@ -148,7 +89,7 @@ def typo(boot: Callable[[str], dict[str, str]]) -> dict[str, str]:
     return boot("typo")
 
 
-pytestmark = pytest.mark.timeout(4 * SECONDS)
+pytestmark = pytest.mark.timeout(4 * machines.SECONDS)
 KVM = "disabled enabled [kvm]"
 CLOSED = (
     "uffdguard.service has failed and no policy is in force: vm.unprivileged_userfaultfd is 0 now (before: 1), so "

@@ -18,7 +18,7 @@ from uffdguard.lab.processes import output
 NEWER = (("trixie",), ("qemu-system-x86", "criu"))
 
 #: The kernel's own tests. They find out what the running kernel can do and skip the rest.
-SOURCE = (("bookworm-security",), "linux-source-6.12")
+SOURCE = (("trixie", "trixie-security", "bookworm-security"), "linux-source-6.12")
 FILES = (
     "*/tools/testing/selftests/kselftest.h",
     "*/tools/testing/selftests/mm/uffd-*",

@@ -64,6 +64,23 @@ def test_what_a_command_writes_is_gone_with_the_vm(tmp_path: Path) -> None:
     assert not path.exists()
 
 
+def test_a_command_runs_below_var_tmp_and_an_ordinary_user_gets_there() -> None:
+    """virtme-ng has an empty /var/tmp."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as folder:
+        Path(folder, "here").write_text("seen\n")
+        words = ["sh", "-c", "setpriv --reuid 1000 --clear-groups cat here && touch more && ls"]
+        done = lab("--", *words, cwd=folder)
+        assert (done.stdout, done.stderr, done.returncode) == ("seen\nhere\nmore\n", "", 0)
+        assert not Path(folder, "more").exists()
+
+
+def test_where_the_vm_cannot_show_the_directory_nothing_is_booted() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        done = lab("--", "true", cwd=folder)
+    assert (done.stdout, done.returncode, done.stderr.count("\n")) == ("", 1, 1)
+    assert done.stderr.startswith(f"uffdguard: lab: {folder} cannot be seen in the VM")
+
+
 def test_a_module_that_is_not_signed_with_the_kernels_own_key_is_not_loaded() -> None:
     script = "modprobe dummy && rmmod dummy && xz -dc $(modinfo -n dummy) | head -c -1 >/tmp/x.ko && ! insmod /tmp/x.ko"
     done = lab("--", "sh", "-c", script)

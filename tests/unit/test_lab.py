@@ -12,7 +12,7 @@ import pytest
 
 from uffdguard import cli
 from uffdguard.errors import Failure
-from uffdguard.lab import kernels, processes, roots, vm
+from uffdguard.lab import kernels, processes, roots, virtiofs, vm
 from uffdguard.lab.architectures import ARCHITECTURES, ARM64
 from uffdguard.lab.processes import output, process_group, reason
 
@@ -36,6 +36,9 @@ OFFERED = [
     "linux-image-7.3.4+deb13-amd64",
     "linux-modules-7.3.5+deb13-amd64",
     "linux-binary-7.3.5+deb13-rt-amd64",
+    "linux-image-6.12.89+deb12-cloud-amd64",
+    "linux-image-6.12.91+deb12-cloud-amd64-unsigned",
+    "linux-image-6.12.91+deb12-rt-amd64",
 ]
 
 
@@ -70,9 +73,19 @@ def run_cli(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
             "7.3.4+deb13-amd64",
             ["linux-binary-7.3.4+deb13-amd64", "linux-modules-7.3.4+deb13-amd64"],
         ),
+        ("6.12-rt", "6.12.91+deb12-rt-amd64", ["linux-image-6.12.91+deb12-rt-amd64"]),
+        ("6.12-cloud", "6.12.89+deb12-cloud-amd64", ["linux-image-6.12.89+deb12-cloud-amd64"]),
+        *(
+            (
+                word,
+                "7.3.5+deb13-rt-amd64",
+                ["linux-binary-7.3.5+deb13-rt-amd64", "linux-modules-7.3.5+deb13-rt-amd64"],
+            )
+            for word in ("7.3-rt", "7.x-rt")
+        ),
     ],
 )
-def test_the_highest_plain_kernel_of_a_line_is_chosen(word: str, release: str, packages: list[str]) -> None:
+def test_the_highest_kernel_of_a_line_and_a_flavour_is_chosen(word: str, release: str, packages: list[str]) -> None:
     assert kernels.choose(OFFERED, kernels.find_line(word)) == (release, packages)
 
 
@@ -96,7 +109,7 @@ def test_a_disk_has_our_directories_at_their_places(tmp_path: Path) -> None:
     places = vm.outermost([project, environment, other])
     assert places == [project, other]
     shared = " ".join(vm.exports(places))
-    mounted = vm.script(["true"], project, [], places, ARM64)
+    mounted = vm.script(["true"], project, [], places, architecture=ARM64)
     for number, path in enumerate(places):
         assert f"local,id=lab{number},path={str(path).replace(',', ',,')},security_model=none,readonly=on" in shared
         assert f" lab{number} {shlex.quote(str(path))} ||" in mounted
@@ -135,7 +148,9 @@ def test_a_line_that_the_archive_does_not_have_is_told_with_its_suites() -> None
         kernels.choose(OFFERED, kernels.find_line("6.18"))
 
 
-@pytest.mark.parametrize("word", ["5.15", "6", "6.13", "7", "7.3.4", "7x3", "", "../7.3"])
+@pytest.mark.parametrize(
+    "word", ["5.15", "6", "6.13", "7", "7.3.4", "7x3", "", "../7.3", "6.1-rt", "6.13-cloud", "7.3-lowlatency"]
+)
 def test_a_line_that_there_is_not_is_refused(word: str) -> None:
     with pytest.raises(Failure, match="no kernel line"):
         kernels.find_line(word)
@@ -171,11 +186,13 @@ def test_a_machine_without_a_security_archive_does_without() -> None:
 
 
 def test_a_cached_kernel_is_used_as_it_is(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for release in ("7.3.4+deb13-amd64", "7.10.1+deb13-amd64", "7.3.10+deb13-amd64"):
+    releases = ("7.3.4+deb13-amd64", "7.10.1+deb13-amd64", "7.3.10+deb13-amd64", "7.11.1+deb13-rt-amd64")
+    for release in releases:
         (cache / "kernels" / kernels.line_name(release) / release).mkdir(parents=True)
     monkeypatch.setattr("platform.machine", lambda: "x86_64")
     assert kernels.get("7.3").release == "7.3.10+deb13-amd64"
     assert kernels.get("newest").release == "7.10.1+deb13-amd64"
+    assert kernels.get("7.x-rt").release == "7.11.1+deb13-rt-amd64"
 
 
 def test_a_cached_kernel_of_a_line_with_a_number_is_not_taken_for_the_newest(cache: Path) -> None:
@@ -241,7 +258,8 @@ def test_the_lines_are_listed_with_what_is_cached(cache: Path, capsys: pytest.Ca
     status, out, err = run_cli(capsys, "kernels", "--json")
     assert (status, err) == (0, "")
     rows = {row.pop("line"): row for row in json.loads(out)}
-    assert list(rows) == [*(line.name for line in kernels.LINES[:-1]), "7.3"]
+    names = [*(line.name for line in kernels.LINES[:-1]), "7.3", *(line.name for line in kernels.FLAVOURS)]
+    assert list(rows) == names
     assert rows["5.10"] == {"supported": False, "cached": None}
     assert rows["6.12"] == {"supported": True, "cached": "6.12.90+deb12-amd64"}
     assert rows["7.3"] == {"supported": True, "cached": "7.3.4+deb13-amd64"}
@@ -251,7 +269,8 @@ def test_the_lines_are_listed_with_what_is_cached(cache: Path, capsys: pytest.Ca
 
 
 def test_the_newest_line_has_no_number_while_nothing_is_known(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_cli(capsys, "kernels")[1].splitlines()[-1].split()[0] == "7.x"
+    rows = run_cli(capsys, "kernels")[1].splitlines()
+    assert [row.split()[0] for row in rows if row.startswith("7.x")] == ["7.x", "7.x-rt", "7.x-cloud"]
 
 
 @pytest.mark.parametrize(
@@ -370,3 +389,44 @@ def test_nothing_of_a_process_group_is_left() -> None:
         child = int(process.stdout.readline())
         assert Path(f"/proc/{child}").exists()
     assert not Path(f"/proc/{child}").exists()
+
+
+def test_virtiofsd_is_this_machines_or_fetched_once(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched: list[tuple[str, ...]] = []
+    monkeypatch.setattr(virtiofs, "need", lambda tool, package: tool)
+    monkeypatch.setattr(virtiofs, "output", lambda argv: "")
+    monkeypatch.setattr(kernels.Apt, "update", lambda apt: None)
+    monkeypatch.setattr(kernels.Apt, "download", lambda apt, packages, directory, what: fetched.append(packages))
+    monkeypatch.setattr(virtiofs, "PLACES", f"{tmp_path}/libexec")
+    for _ in range(2):
+        assert virtiofs.directory() == cache / "roots/virtiofsd/bin"
+    assert fetched == [virtiofs.PACKAGES]
+    assert (cache / "roots/virtiofsd/bin/virtiofsd").stat().st_mode & 0o111
+    ours = tmp_path / "libexec/virtiofsd"
+    ours.parent.mkdir()
+    ours.touch(0o755)
+    assert virtiofs.directory() == ours.parent
+
+
+def test_a_kernel_without_9p_has_its_files_by_virtiofs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vm, "need", lambda tool, package: tool)
+    for flavour, expected in (("", True), ("-rt", True), ("-cloud", False)):
+        kernel = kernels.Kernel(f"6.12.95+deb13{flavour}-amd64", tmp_path)
+        assert ("--force-9p" in vm.virtme(kernel, tmp_path, [], terminal=False)) == expected
+
+
+def test_what_the_guest_may_cover_in_var_is_uncovered_inner_first() -> None:
+    clone = Path("/var/tmp/none/clone")
+    assert vm.covered_directories([Path("/srv/none"), clone]) == [clone, Path("/var/tmp/none"), Path("/var/tmp")]
+    text = vm.script(["true"], clone, covered=vm.covered_directories([clone]))
+    assert text.index("umount /var/tmp/none/clone ") < text.index("cd /var/tmp/none/clone ")
+    assert "umount" not in vm.script(["true"], Path("/srv/none"))
+
+
+@pytest.mark.parametrize("path", ["/run/user/1000/clone", "/dev/shm/clone"])
+def test_what_the_guest_cannot_see_is_refused_with_where_to_have_it(path: str) -> None:
+    with pytest.raises(Failure, match=f"^lab: {path} cannot be seen in the VM, .*; have the project") as error:
+        vm.covered_directories([Path("/srv"), Path(path)])
+    assert str(error.value).count("\n") == 0

@@ -463,6 +463,12 @@ static int rest_of(void *steps)
 	_exit(0);
 }
 
+static void *rest_of_thread(void *steps)
+{
+	rest_of(steps);
+	return NULL;
+}
+
 /* Once our parent has ended. */
 static int rest_of_orphan(void *steps)
 {
@@ -612,7 +618,7 @@ static void run(char **steps)
 			pthread_join(thread, NULL);
 			return;
 		} else if (IS("leader-leaves")) { /* the thread-group leader exits, a thread goes on */
-			pthread_create(&thread, NULL, (void *(*)(void *))rest_of, steps + 1);
+			pthread_create(&thread, NULL, rest_of_thread, steps + 1);
 			syscall(SYS_exit, 0);
 		} else if (IS("exec")) {
 			steps[0] = "/proc/thread-self/exe"; /* the leader may have left */

@@ -97,12 +97,16 @@ def command(
 
     In the VM the root file system is read-only. /etc, /home, /opt, /srv, /tmp, /usr, /var and /run can be
     written; what is written is gone with the VM. Everybody may enter the directories that lead to the current
-    directory and to this Python, in the VM only.
+    directory and to this Python, in the VM only. Neither may be below /dev or /run, of which the VM has its own.
 
     With --arch arm64 the root file system is a disk with a Debian of that architecture, of this machine's own
     suite. It is made the first time, of packages that are fetched as kernels are, and kept in disks. All of it can
     be written. The current directory, and the environment of this Python when it is outside of that, are visible
     at their places, read-only; this Python runs there as Debian's own.
+
+    A line that ends in -rt is of Debian's preemptible build; the VM then passes for one of VMware's, without which
+    there is no KVM. One that ends in -cloud has no 9p, and virtiofsd serves its root file system: this machine's, or
+    that of Debian 13, which is fetched.
 
     Kernel messages go to a log. Its lines are shown, and it is kept, when the VM ended before COMMAND did
     (exit status 1), when COMMAND was not done in time (124), and when the kernel reported a bug.

@@ -47,6 +47,14 @@ LINES = (
 )
 *_, BEFORE_NEWEST, NEWEST = LINES
 
+#: Debian's other builds of a line: the preemptible one, and the one for virtual machines.
+FLAVOURS = tuple(
+    replace(line, name=f"{line.name}-{flavour}")
+    for line in LINES
+    if line.name in ("6.12", NEWEST.name)
+    for flavour in ("rt", "cloud")
+)
+
 
 def oldest(architecture: Architecture = AMD64) -> Line:
     """Return the oldest line on which the policy can be in force."""
@@ -54,9 +62,9 @@ def oldest(architecture: Architecture = AMD64) -> Line:
 
 
 #: A release of a kernel, as ``uname -r`` prints it.
-RELEASE = re.compile(rf"\d+\.\d+\.\d+(?:\+[a-z]+[\d.]+|-\d+)?-(?:{'|'.join(ARCHITECTURES)})", re.ASCII)
+RELEASE = re.compile(rf"\d+\.\d+\.\d+(?:\+[a-z]+[\d.]+|-\d+)?(?:-rt|-cloud)?-(?:{'|'.join(ARCHITECTURES)})", re.ASCII)
 
-#: The package of the image, without the flavours (cloud, rt), the unsigned and the debugging ones.
+#: The package of the image, without the unsigned and the debugging ones.
 IMAGE = re.compile(rf"linux-(?:image|binary)-({RELEASE.pattern})", re.ASCII)
 
 KEYRING = Path("/usr/share/keyrings/debian-archive-keyring.gpg")
@@ -112,29 +120,38 @@ def version(release: str) -> tuple[int, ...]:
     return tuple(map(int, re.findall(r"\d+", without_architecture(release))))
 
 
+def flavour(release: str) -> str:
+    """Return what RELEASE, or the name of a line, has for its flavour: ``-rt``, ``-cloud`` or nothing."""
+    head, _, tail = without_architecture(release).rpartition("-")
+    return f"-{tail}" if head and tail in ("rt", "cloud") else ""
+
+
 def line_name(release: str) -> str:
     """Return the name of the line that RELEASE belongs to."""
-    return "{}.{}".format(*version(release))
+    return "{}.{}".format(*version(release)) + flavour(release)
 
 
 def belongs(release: str, line: Line) -> bool:
     """Whether RELEASE is one of LINE."""
-    if line == NEWEST:
-        return version(release)[:2] > version(BEFORE_NEWEST.name)
+    if line.name.startswith(NEWEST.name):
+        newer = version(release)[:2] > version(BEFORE_NEWEST.name)
+        return newer and flavour(release) == flavour(line.name)
     return line_name(release) == line.name
 
 
 def find_line(word: str, architecture: Architecture = AMD64) -> Line:
-    """Return the line that WORD names: ``6.12``, ``7.3``, ``oldest``, ``newest``.
+    """Return the line that WORD names: ``6.12``, ``6.12-rt``, ``7.3``, ``oldest``, ``newest``.
 
     Raises:
         Failure: There is no such line.
     """
-    words = {line.name: line for line in LINES} | {"oldest": oldest(architecture), "newest": NEWEST}
+    words = {line.name: line for line in (*LINES, *FLAVOURS)} | {"oldest": oldest(architecture), "newest": NEWEST}
     if word in words:
         return words[word]
-    if re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}", word) and belongs(word, NEWEST):
-        return replace(NEWEST, name=word)
+    if re.fullmatch(r"[0-9]{1,3}\.[0-9]{1,3}(-rt|-cloud)?", word):
+        for line in (NEWEST, *FLAVOURS):
+            if belongs(word, line):
+                return replace(line, name=word)
     raise Failure(f"lab: there is no kernel line {word!r}", "see `uffdguard lab kernels`")
 
 
@@ -148,10 +165,10 @@ def cached(line: Line, architecture: Architecture = AMD64) -> Kernel | None:
 
 def table(architecture: Architecture = AMD64) -> Iterator[tuple[str, bool, str | None]]:
     """Give each line's name, whether it is supported, and the release that is cached or None. Uses no network."""
-    for line in LINES:
+    for line in (*LINES, *FLAVOURS):
         kernel = cached(line, architecture)
         name = line_name(kernel.release) if kernel else line.name
-        if line == NEWEST and not kernel:
+        if line.name.startswith(NEWEST.name) and not kernel:
             # Lists that are already here tell its number.
             with contextlib.suppress(Failure):
                 name = line_name(choose(Apt(line.suites, architecture).names(), line, architecture)[0])

@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from uffdguard.errors import Failure
-from uffdguard.lab import roots
+from uffdguard.lab import roots, virtiofs
 from uffdguard.lab.architectures import AMD64, Architecture
+from uffdguard.lab.kernels import flavour
 from uffdguard.lab.processes import PATH, need, process_group
 from uffdguard.lab.roots import Root
 
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
 #: Directories that can be written in the guest; what is written is gone with it.
 OVERLAID = ("/etc", "/lib", "/home", "/opt", "/srv", "/usr", "/var", "/tmp")
 
+#: Directories that are the guest's own: what this machine has there cannot be seen in it.
+OWN = ("/dev", "/proc", "/run", "/sys")
+
 #: Where the guest has the directory that it shares with the host.
 SHARED = "/run/lab"
 
@@ -40,7 +44,7 @@ TIMED_OUT = 124
 PREPARE = """\
 #!/bin/sh
 {kvm}mount -t bpf bpf /sys/fs/bpf
-{opened}{mounted}cd {cwd} || exit
+{uncovered}{opened}{mounted}cd {cwd} || exit
 """
 
 #: A disk has none of our directories. With a cache the guest asks for a file once: Python asks for hundreds as it
@@ -79,6 +83,11 @@ echo $? >{shared}/status
 #: and for BPF trampolines: the kernel dies of "Oops: int3".
 ONE_THREAD = ("-accel", "tcg,thread=single")
 
+#: KVM of a -rt kernel needs a TSC that the kernel takes for constant. QEMU emulates no CPU that says so of itself. The
+#: kernel takes that of VMware for one, and the machine for VMware's by this: vmware_platform() of
+#: arch/x86/kernel/cpu/vmware.c, which also asks a port that QEMU has.
+CONSTANT_TSC = ("-cpu", "max,-hypervisor", "-smbios", "type=1,serial=VMware-")
+
 #: A kernel loads its own modules only: apt could not check those of some, see Apt.download_modules().
 SIGNED = "module.sig_enforce=1"
 
@@ -103,34 +112,39 @@ def run(
     behind.
 
     Raises:
-        Failure: A tool is missing, or the VM ended before COMMAND did.
+        Failure: A tool is missing, the VM cannot show a directory, or it ended before COMMAND did.
     """
     deadline = time.monotonic() + timeout if timeout else None
     # A disk has its own /usr, where this Python may be the system's.
     ours = sorted({Path.cwd(), Path(sys.prefix)} - {Path("/"), Path("/usr")})
     need(kernel.architecture.qemu, kernel.architecture.qemu_package)
     root = None if kernel.architecture.machine == platform.machine() else roots.get(kernel.architecture)
-    closed = closed_directories([*ours, Path(sys.base_prefix)]) if root is None else []
+    needed = [] if root else [*ours, Path(sys.base_prefix)]
+    closed = closed_directories(needed)
     options = ["--cpus", str(cpus), "--memory", memory, *(f"--kopt={word}" for word in append)]
+    real_time = CONSTANT_TSC if flavour(kernel.release) == "-rt" and root is None else ()
     counted = ["-icount", "shift=0,sleep=off"] if count_instructions else []
     shared = Path(tempfile.mkdtemp(prefix="uffdguard-lab-"))
     keep = False
     try:
-        places = [] if root is None else outermost(ours)
-        text = script(command, Path.cwd(), closed, places, kernel.architecture)
+        places = outermost(ours) if root else []
+        text = script(command, Path.cwd(), closed, covered_directories(needed), places, kernel.architecture)
         (shared / "boot").write_bytes(os.fsencode(text))
         (shared / "boot").chmod(0o755)
         argv = virtme(kernel, shared, root or overlays(closed), terminal=not command)
-        argv += [*options, "--qemu-opts", "-no-reboot", *ONE_THREAD, *kernel.architecture.options, *counted]
+        argv += [*options, "--qemu-opts", "-no-reboot", *ONE_THREAD, *kernel.architecture.options, *real_time, *counted]
         # What the guest writes to its disk is gone with it.
         argv += ["-snapshot", *exports(places)] if root else []
+        # virtme-run, being killed, leaves its temporary files behind.
+        variables = {"TMPDIR": str(shared)}
+        if without_9p(kernel):
+            variables["PATH"] = f"{virtiofs.directory()}:{PATH}"
         with process_group(
             argv,
             terminal=not command,
             stdout=subprocess.PIPE if command else None,
             stderr=subprocess.STDOUT if command else subprocess.PIPE,
-            # virtme-run, being killed, leaves its temporary files behind.
-            variables={"TMPDIR": str(shared)},
+            variables=variables,
         ) as vm:
             over = follow(vm, shared, deadline)
         status = exit_status(shared)
@@ -144,6 +158,11 @@ def run(
     if status is None:
         raise Failure("lab: the VM ended before COMMAND did", f"kernel log: {shared}/log")
     return status
+
+
+def without_9p(kernel: Kernel) -> bool:
+    """Whether KERNEL has virtiofs for this machine's files, and no 9p."""
+    return flavour(kernel.release) == "-cloud"
 
 
 def report(shared: Path, over: bool, status: int | None) -> bool:
@@ -169,6 +188,25 @@ def closed_directories(paths: Iterable[Path]) -> list[Path]:
     ways = {way for path in paths for way in (path.absolute(), path.resolve())}
     directories = {directory.resolve() for way in ways for directory in (way, *way.parents)}
     return sorted(directory for directory in directories if not directory.stat().st_mode & stat.S_IXOTH)
+
+
+def covered_directories(paths: Sequence[Path]) -> list[Path]:
+    """Return the directories on the way to PATHS, these included, that virtme-ng may hide in the guest; inner first.
+
+    It mounts an empty file system on /var/tmp and on others in /var. Nothing else is mounted in /var there.
+
+    Raises:
+        Failure: What is hidden cannot be shown.
+    """
+    for path in paths:
+        for own in OWN:
+            if path.resolve().is_relative_to(own):
+                raise Failure(
+                    f"lab: {path} cannot be seen in the VM, which has a {own} of its own",
+                    "have the project and its environment below /home, /root, /srv or /var/tmp",
+                )
+    ways = {way for path in paths for way in (path.resolve(), *path.resolve().parents)}
+    return sorted((way for way in ways if Path("/var") in way.parents), reverse=True)
 
 
 def overlays(closed: Iterable[Path]) -> list[str]:
@@ -207,7 +245,8 @@ def mounts(places: Iterable[Path]) -> str:
 def script(
     command: Sequence[str],
     cwd: Path,
-    closed: Sequence[Path],
+    closed: Sequence[Path] = (),
+    covered: Sequence[Path] = (),
     places: Sequence[Path] = (),
     architecture: Architecture = AMD64,
 ) -> str:
@@ -222,9 +261,12 @@ def script(
     # Without the inner shell, env would take a COMMAND with "=" in its name for one more variable.
     words += ["sh", "-c", 'exec "$@"', "sh", *(command or BASH)]
     opened = f"chmod a+rx {shlex.join(map(str, closed))}\n" if closed else ""
+    uncovered = f"umount {shlex.join(map(str, covered))} 2>/dev/null\n" if covered else ""
     module = architecture.kvm_module
     kvm = f"modprobe {module}\n" if module else ""
-    prepare = PREPARE.format(kvm=kvm, opened=opened, mounted=mounts(places), cwd=shlex.quote(str(cwd)))
+    prepare = PREPARE.format(
+        kvm=kvm, uncovered=uncovered, opened=opened, mounted=mounts(places), cwd=shlex.quote(str(cwd))
+    )
     return prepare + (RUN if command else SHELL).format(command=shlex.join(words), shared=SHARED)
 
 
@@ -242,7 +284,8 @@ def virtme(kernel: Kernel, shared: Path, root: Root | Iterable[str], *, terminal
     virtme_run = shutil.which("virtme-run", path=f"{Path(sys.executable).parent}:{PATH}")
     if virtme_run is None:
         raise Failure("lab: virtme-ng is not installed", "run `pip install 'uffdguard[lab]'`")
-    argv = [virtme_run, "--kimg", str(kernel.image), "--mods", "auto", "--disable-kvm", "--force-9p"]
+    argv = [virtme_run, "--kimg", str(kernel.image), "--mods", "auto", "--disable-kvm"]
+    argv += [] if without_9p(kernel) else ["--force-9p"]
     argv += ["--name", "lab", "--kopt", "panic=-1", "--kopt", SIGNED, "--rwdir", f"{SHARED}={shared}"]
     argv += [f"--kopt={word}" for word in kernel.architecture.parameters]
     if isinstance(root, Root):
