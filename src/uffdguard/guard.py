@@ -18,7 +18,7 @@ from uffdguard import proof
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, layout, libbpf, native
 from uffdguard.lock import locked
-from uffdguard.policy import Mode, Policy, Reason, decide
+from uffdguard.policy import Mode, Policy, Reason, Request, decide
 from uffdguard.proof import Asker
 from uffdguard.state import (
     CONFIGURED,
@@ -401,7 +401,7 @@ def _change(
     :param pin_over: pin FDS in the place of these before the native knob is touched.
     On the way out after a failure the older policy stands again, and the native knob is no laxer than before.
     """
-    expected = decide(wanted, asker.REQUEST)
+    expected = decide(wanted, asker.request)
     try:
         step("ask strictly")
         asker.ask(fds["witness"], Reason.DISABLED, strict=True)
@@ -423,7 +423,7 @@ def _change(
             _set_knob(fds, due, value, knob, undo)
         if due:
             step("ask by system call")
-            asker.ask(fds["witness"], expected, by_syscall=True, audit=wanted.audit)
+            asker.ask(fds["witness"], decide(wanted, Request()), by_syscall=True, audit=wanted.audit)
         _count_native(fds, due == 0, undo)
     except OSError as error:
         raise Failure(f"cannot put the policy in force: {error}", "see uffdguard doctor") from error

@@ -407,7 +407,7 @@ def _proc() -> Row:
 
 def _device_userfaultfd() -> Row:
     if not _is_device(native.DEV_USERFAULTFD):
-        fact = f"{native.DEV_USERFAULTFD} is not there: start asks by CAP_SYS_PTRACE whether the policy answers"
+        fact = f"{native.DEV_USERFAULTFD} is not there: start asks with UFFD_USER_MODE_ONLY whether the policy answers"
         return Row("userfaultfd device", "ok", fact)
     return Row("userfaultfd device", "ok", str(native.DEV_USERFAULTFD))
 
