@@ -18,6 +18,8 @@ from uffdguard.kernel import arch, libbpf, native
 
 OBJECT = Path(__file__).with_name("guard.bpf.o")
 SECURITYFS = Path("/sys/kernel/security")
+#: Where Debian's GRUB takes parts of its configuration from.
+GRUB_DROP_INS = Path("/etc/default/grub.d")
 HOOK = "inode_init_security_anon"
 #: The lines of docs/kernels.md. No decision hangs on them.
 TRIED = ("6.1", "6.12", "6.18", "7.0", "7.3")
@@ -179,8 +181,18 @@ def _lsm() -> Row:
     except OSError:
         return Row("LSM list", "cannot tell", "securityfs is not mounted", MOUNT_SECURITYFS)
     if "bpf" not in modules.split(","):
-        return Row("LSM list", "missing", f"no bpf in {modules}", f"boot with lsm={modules},bpf")
+        by_grub = ", which uffdguard install --lsm has GRUB do" if GRUB_DROP_INS.is_dir() else ""
+        hint = (
+            f"boot with {lsm_parameter(modules)}{by_grub}"
+        )
+        return Row("LSM list", "missing", f"no bpf in {modules}", hint)
     return Row("LSM list", "ok", modules)
+
+
+def lsm_parameter(modules: str) -> str:
+    """Return the kernel's parameter that adds bpf to these LSMs, as securityfs lists them."""
+    # The first one is always there, and is no word of the parameter.
+    return f"lsm={','.join([name for name in modules.split(',') if name != 'capability'] + ['bpf'])}"
 
 
 def _lockdown() -> Row:
