@@ -18,7 +18,7 @@ import msgspec
 from uffdguard import config
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, native
-from uffdguard.policy import Mode
+from uffdguard.policy import Backend, Mode
 from uffdguard.steps import Steps, beside, write
 
 if TYPE_CHECKING:
@@ -94,7 +94,9 @@ def install(command: Path, mode: Mode | None, completion: str) -> Installed:
         file is wrong, so that the next boot could not start; nothing is changed then.
     """
     native.need_root("installs")
-    features.require(features.hook)
+    # Only the backend lsm needs it; what is wrong with a configuration file is said below.
+    if features.configured_backend() is Backend.LSM:
+        features.require(features.hook)
     known = _manifest()
     # Which files there are does not depend on the mode.
     there = [path for path, _ in files(command, Mode.DISABLED, completion) if path.exists()]

@@ -111,6 +111,15 @@ def test_nothing_is_put_in_place_on_a_kernel_without_the_hook(root: Path, monkey
     assert written(root) == {}
 
 
+def test_the_backend_native_needs_no_hook(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "hook", lambda: features.Row("hook", "missing", "no hook", "boot another"))
+    config.ADMINISTRATOR.parent.mkdir(exist_ok=True)
+    config.ADMINISTRATOR.write_text('backend = "native"\n')
+    assert install.install(COMMAND, Mode.KVM, completion()).at_boot is Mode.KVM
+    install.uninstall()
+    assert list(written(root)) == ["etc/uffdguard.toml"]
+
+
 def test_it_can_be_repeated_with_another_mode(root: Path) -> None:
     install.install(COMMAND, Mode.KVM, completion())
     install.install(COMMAND, Mode.ENABLED, completion())
@@ -279,10 +288,10 @@ class TestTheLsm:
         row = features._lsm()
         assert row.state == "missing"
         assert row.hint.startswith(
-            "boot with lsm=lockdown,landlock,yama,apparmor,bpf, which uffdguard install --lsm has GRUB do"
+            "boot with lsm=lockdown,landlock,yama,apparmor,bpf, which uffdguard install --lsm has GRUB do; "
         )
         install.GRUB_FILE.parent.rmdir()
-        assert features._lsm().hint.startswith("boot with lsm=lockdown,landlock,yama,apparmor,bpf")
+        assert features._lsm().hint.startswith("boot with lsm=lockdown,landlock,yama,apparmor,bpf; ")
 
 
 def test_the_steps_are_those_that_are_taken(root: Path, grub: Grub) -> None:
@@ -366,7 +375,7 @@ class TestFallback:
             unit = (install.shared() / f"packaging/systemd/uffdguard-{name}.service").read_text()
             (script,) = re.findall(r"^ExecStart=:/bin/sh -c '(.*?)'$", unit, re.MULTILINE | re.DOTALL)
             script = script.replace("\\\n", " ").replace("/sys/fs/bpf", f"{root}/bpf")
-            script = script.replace("/run/uffdguard.proc", f"{root}/hidden")
+            script = script.replace("/run/uffdguard.proc", f"{root}/hidden").replace("/run/uffdguard/", f"{root}/run/")
             script = re.sub(r"/proc/(sys|mounts)", rf"{root}/\1", script)
             assert not re.search(r"(?<!\w)/proc", script)
             assert "%" not in script.replace("%%", "")  # which systemd takes for its own
@@ -418,6 +427,16 @@ class TestFallback:
         assert knob.read_text() == "1\n"
         assert done.stdout.startswith("<4>uffdguard.service has failed. The policy that was in force before stays ")
         assert not (root / "unmounted").exists()
+
+    @pytest.mark.parametrize(("mode", "value"), [("enabled", "1\n"), ("kvm", "0\n"), ("disabled", "0\n")])
+    def test_leaves_what_the_backend_native_has_set(
+        self, root: Path, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]], mode: str, value: str
+    ) -> None:
+        (root / "run").mkdir()
+        (root / "run/mode").write_text(mode)
+        done = run()
+        assert (done.returncode, done.stderr, knob.read_text()) == (0, "", value)
+        assert done.stdout.startswith("<4>uffdguard.service has failed. The policy that was in force before stays ")
 
     @pytest.mark.parametrize(
         ("owner", "mode", "left"), [(0, 0o700, "1\n"), (0, 0o755, "0\n"), (1000, 0o700, "0\n"), (1000, 0o777, "0\n")]

@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple, get_args
 from uffdguard.conditions import BY_NAME, Facts, Preemption
 from uffdguard.errors import Failure
 from uffdguard.kernel import arch, libbpf, native
+from uffdguard.policy import WEAKER, Backend
 
 OBJECT = Path(__file__).with_name("guard.bpf.o")
 SECURITYFS = Path("/sys/kernel/security")
@@ -46,9 +47,22 @@ class Row(NamedTuple):
 
 
 def rows() -> Iterator[Row]:
-    """Yield the rows whose answer costs nothing and changes nothing."""
-    for check in (*CHECKS, configuration):
+    """Yield the rows whose answer costs nothing and changes nothing: of what the configured backend needs."""
+    native_backend = configured_backend() is Backend.NATIVE
+    for check in (*(NATIVE_CHECKS if native_backend else CHECKS), configuration):
         yield check()
+    if native_backend:
+        yield Row("backend", "warning", "native, which is weaker than lsm", f"the backend native: {'; '.join(WEAKER)}")
+
+
+def configured_backend() -> Backend:
+    """Return the backend that the configuration files choose; where they are wrong, that which is exact."""
+    from uffdguard import config
+
+    try:
+        return config.load().backend
+    except Failure:
+        return Backend.LSM
 
 
 def can_enforce(rows: Iterable[Row]) -> bool | None:
@@ -183,7 +197,7 @@ def _lsm() -> Row:
     if "bpf" not in modules.split(","):
         by_grub = ", which uffdguard install --lsm has GRUB do" if GRUB_DROP_INS.is_dir() else ""
         hint = (
-            f"boot with {lsm_parameter(modules)}{by_grub}"
+            f"boot with {lsm_parameter(modules)}{by_grub}; without bpf there is start --backend native, which is weaker"
         )
         return Row("LSM list", "missing", f"no bpf in {modules}", hint)
     return Row("LSM list", "ok", modules)
@@ -424,6 +438,13 @@ def _device_userfaultfd() -> Row:
     return Row("userfaultfd device", "ok", str(native.DEV_USERFAULTFD))
 
 
+def _device_for_native() -> Row:
+    if _is_device(native.DEV_USERFAULTFD):
+        return Row("userfaultfd device", "ok", str(native.DEV_USERFAULTFD))
+    fact = f"{native.DEV_USERFAULTFD} is not there"
+    return Row("userfaultfd device", "warning", fact, "mode kvm does not exist here by the backend native; others do")
+
+
 def _device_kvm() -> Row:
     if not native.has_kvm():
         return Row("KVM", "warning", "this kernel has none", "mode kvm does not exist here; disabled and enabled do")
@@ -445,7 +466,9 @@ def configuration() -> Row:
     from uffdguard import config  # brings msgspec, which nothing else here needs
 
     try:
-        policy = config.load().policy
+        configured = config.load()
+        configured.check(configured.backend)
+        policy = configured.policy
         native.check_mode(policy.mode)
     except Failure as error:
         return Row("configuration", "missing", error.what, error.hint)
@@ -472,6 +495,10 @@ CHECKS: tuple[Callable[[], Row], ...] = (
     _device_userfaultfd,
     _device_kvm,
 )
+
+
+#: What the backend ``native`` needs.
+NATIVE_CHECKS: tuple[Callable[[], Row], ...] = (privileges, namespaces, _proc, _device_for_native, _device_kvm)
 
 
 def _is_device(path: Path) -> bool:
