@@ -319,7 +319,8 @@ def _reload_udev() -> None:
     """Let udev take notice of its rules, which it otherwise looks for every three seconds."""
     udevadm = shutil.which("udevadm")
     if udevadm and UDEV_CONTROL.exists():
-        subprocess.run([udevadm, "control", "--reload"], timeout=PATIENCE, capture_output=True, check=False)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            subprocess.run([udevadm, "control", "--reload"], timeout=PATIENCE, capture_output=True, check=False)
 
 
 def give_back() -> None:

@@ -14,6 +14,7 @@ import stat
 import struct
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -382,6 +383,7 @@ class TestTheChangeOfTheBackend:
                 seen: set[str] = set()
                 while not done.exists():
                     seen |= set(tries())
+                    time.sleep(0.001)
                 os.write(out, json.dumps([*seen]).encode())
 
             Path(folder).chmod(0o755)

@@ -498,7 +498,14 @@ CHECKS: tuple[Callable[[], Row], ...] = (
 
 
 #: What the backend ``native`` needs.
-NATIVE_CHECKS: tuple[Callable[[], Row], ...] = (privileges, namespaces, _proc, _device_for_native, _device_kvm)
+NATIVE_CHECKS: tuple[Callable[[], Row], ...] = (
+    privileges,
+    namespaces,
+    kernel,
+    _proc,
+    _device_for_native,
+    _device_kvm,
+)
 
 
 def _is_device(path: Path) -> bool:
