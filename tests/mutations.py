@@ -29,8 +29,8 @@ MUTATIONS = {
     },
     "nobody has the capability": {"return has_capability(cred, CAP_SYS_PTRACE) &&": "return 0 &&"},
     "a fork inherits the grant": {
-        "\t\tif (!shares_mm(task, mm))\n\t\t\treturn 0;\n": "",
-        "return shares_mm(task, mm);": "return 1;",
+        "if (!shares_mm(climb.task, climb.mm))": "if (0)",
+        "climb->found = shares_mm(task, climb->mm);": "climb->found = 1;",
     },
     "an exec keeps the grant: the id is not compared": {
         "return grant && *grant == *(volatile __u64 *)&task->self_exec_id + 1;": "return grant && *grant;",
@@ -39,11 +39,11 @@ MUTATIONS = {
         "|| ancestor_has_opened_kvm(task);": "|| (0 && ancestor_has_opened_kvm(task));",
     },
     "the parent is not granted": {
-        "if (!shares_mm(task, mm))\n\t\t\treturn;": "if (shares_mm(task, mm) || 1)\n\t\t\treturn;"
+        "if (!record_one(&climb))": "if (!record_one(&climb) && 0)",
     },
     "the grant is the thread's and not its leader's": {
         "bpf_task_storage_get(&grants, task->group_leader, 0, 0)": "bpf_task_storage_get(&grants, task, 0, 0)",
-        "bpf_task_storage_get(&grants, task->group_leader, 0, BPF_": "bpf_task_storage_get(&grants, task, 0, BPF_",
+        "climb->task->group_leader, 0, BPF_": "climb->task, 0, BPF_",
     },
 }
 

@@ -38,23 +38,43 @@ static __always_inline int shares_mm(struct task_struct *task, struct mm_struct 
 	return *(struct mm_struct *volatile *)&task->mm == mm;
 }
 
-/* Of the task that is running the answer is exact: no other address space takes the place of its own meanwhile. */
+/* The way up from a task, from one process to the next. */
+struct climb {
+	struct task_struct *task;
+	struct mm_struct *mm; /* the address space that they have in common */
+	__u64 exec_id; /* of the task */
+	int found;
+};
+
+static long ask(__u32 index, struct climb *climb)
+{
+	struct task_struct *task = climb->task;
+
+	/* An ancestor that execs meanwhile may have opened it in its new address space: look at that last. */
+	if (has_opened_kvm(task)) {
+		climb->found = shares_mm(task, climb->mm);
+		return 1;
+	}
+	climb->task = parent_of(task);
+	return !shares_mm(climb->task, climb->mm);
+}
+
+/*
+ * Of the task that is running the answer is exact: no other address space takes the place of its own meanwhile.
+ *
+ * The verifier would walk through a loop of ours as many times as it may run, on each path to it, and it searches all
+ * of the kernel's types for every pointer that is followed: it took a second. It walks through bpf_loop() once or twice.
+ */
 static __noinline int ancestor_has_opened_kvm(struct task_struct *task)
 {
-	struct mm_struct *mm = task->mm;
-	int i;
+	struct climb climb = { .task = parent_of(task), .mm = task->mm };
 
-	if (!mm) /* at its end, as it may be where an iterator looks */
+	if (!climb.mm) /* at its end, as it may be where an iterator looks */
 		return 0;
-	for (i = 0; i < GENERATIONS; i++) {
-		task = parent_of(task);
-		if (!shares_mm(task, mm))
-			return 0;
-		/* An ancestor that execs meanwhile may have opened it in its new address space: look at that last. */
-		if (has_opened_kvm(task))
-			return shares_mm(task, mm);
-	}
-	return 0;
+	if (!shares_mm(climb.task, climb.mm)) /* so it is with nearly everybody */
+		return 0;
+	bpf_loop(GENERATIONS, ask, &climb, 0);
+	return climb.found;
 }
 
 static __always_inline int is_granted(struct task_struct *task)

@@ -352,7 +352,8 @@ static __always_inline void publish(struct slot *slot)
 	bpf_map_update_elem(&events, &key, slot, BPF_F_LOCK);
 }
 
-static __noinline int tell(enum reason reason, __u32 policy, int enforced)
+/* Not static, so that the verifier looks at it once, and not once more for each state that it can be called in. */
+__noinline int tell(enum reason reason, __u32 policy, int enforced)
 {
 	struct task_struct *task = bpf_get_current_task_btf();
 	union policy then = { .word = policy };
@@ -502,24 +503,33 @@ int BPF_PROG(native32, const struct pt_regs *regs, long ret)
 	return see_native(ret);
 }
 
+static __always_inline int record_one(struct climb *climb)
+{
+	__u64 *grant;
+
+	grant = bpf_task_storage_get(&grants, climb->task->group_leader, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
+	if (!grant)
+		count(lost, 1);
+	else if (*grant <= climb->exec_id) /* an ancestor may have opened it in a later program meanwhile */
+		*grant = climb->exec_id + 1;
+	climb->task = parent_of(climb->task);
+	/* The id first: one that execs changes its address space before it. */
+	climb->exec_id = *(volatile __u64 *)&climb->task->self_exec_id;
+	return !shares_mm(climb->task, climb->mm);
+}
+
+static long record_next(__u32 index, struct climb *climb)
+{
+	return record_one(climb);
+}
+
 /* TASK has opened /dev/kvm: so has everybody above it who has its address space, MM. */
 static __always_inline void record(struct task_struct *task, struct mm_struct *mm, __u64 exec_id)
 {
-	__u64 *grant;
-	int i;
+	struct climb climb = { .task = task, .mm = mm, .exec_id = exec_id };
 
-	for (i = 0; i < GENERATIONS; i++) {
-		grant = bpf_task_storage_get(&grants, task->group_leader, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
-		if (!grant)
-			count(lost, 1);
-		else if (*grant <= exec_id) /* an ancestor may have opened it in a later program meanwhile */
-			*grant = exec_id + 1;
-		task = parent_of(task);
-		/* The id first: one that execs changes its address space before it. */
-		exec_id = *(volatile __u64 *)&task->self_exec_id;
-		if (!shares_mm(task, mm))
-			return;
-	}
+	if (!record_one(&climb))
+		bpf_loop(GENERATIONS - 1, record_next, &climb, 0);
 }
 
 /* fexit, because only a successful open counts; misc_open, because it runs for misc devices alone. */
@@ -594,7 +604,7 @@ int administrators(struct bpf_iter__task *ctx)
 	return 0;
 }
 
-static __noinline int tell_sysctl(enum sysctl which, __u32 value)
+__noinline int tell_sysctl(enum sysctl which, __u32 value)
 {
 	struct slot slot = {};
 
