@@ -15,7 +15,7 @@ def command(json: bool) -> None:
     """
     from uffdguard.cli import render
     from uffdguard.kernel import features
-    from uffdguard.policy import Backend
+    from uffdguard.policy import WEAKER, Backend
 
     native = features.configured_backend() is Backend.NATIVE
     rows = [*features.rows(), *([] if native else features.program_rows())]
@@ -33,6 +33,8 @@ def command(json: bool) -> None:
                 hints.setdefault(row.hint, []).append(row.name)
         for hint, names in hints.items():
             click.echo(f"{', '.join(names)}: {hint}")
+        for sentence in WEAKER if native else ():
+            click.echo(f"weaker: {sentence}")
         if able is None:
             click.echo("cannot tell whether this machine can enforce the policy")
         elif able:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple, get_args
 from uffdguard.conditions import BY_NAME, Facts, Preemption
 from uffdguard.errors import Failure
 from uffdguard.kernel import arch, libbpf, native
-from uffdguard.policy import WEAKER, Backend
+from uffdguard.policy import Backend
 
 OBJECT = Path(__file__).with_name("guard.bpf.o")
 SECURITYFS = Path("/sys/kernel/security")
@@ -52,7 +52,7 @@ def rows() -> Iterator[Row]:
     for check in (*(NATIVE_CHECKS if native_backend else CHECKS), configuration):
         yield check()
     if native_backend:
-        yield Row("backend", "warning", "native, which is weaker than lsm", f"the backend native: {'; '.join(WEAKER)}")
+        yield Row("backend", "warning", "native, which is weaker than lsm", "uffdguard(8) says in what")
 
 
 def configured_backend() -> Backend:
