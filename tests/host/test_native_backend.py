@@ -14,7 +14,7 @@ WITHOUT_BPF = "lsm=landlock,lockdown,yama,integrity,apparmor"
 #: What needs the backend lsm is skipped there, and what is killed at each step is tried in tests/vm.
 TESTS = (
     "tests/vm/test_native_backend.py",
-    "tests/clients/test_native_backend.py",
+    "tests/clients/test_native_postcopy.py",
     "-k",
     "not TestKilled and not TestStop",
 )
