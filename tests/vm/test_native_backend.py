@@ -23,7 +23,7 @@ from inside import KVM_GROUP, USER, Killer, Outcome, forked, uffdguard, watched
 
 from uffdguard import config, guard, native_backend, state
 from uffdguard.errors import Failure
-from uffdguard.kernel import native, probe
+from uffdguard.kernel import features, native, probe
 from uffdguard.native_backend import Permissions
 from uffdguard.policy import WEAKER, Backend, Mode, Policy
 
@@ -43,7 +43,7 @@ GETS: dict[str, dict[tuple[int, ...], set[str]]] = {
 #: What everybody gets before a start, by the native knob.
 BEFORE = {0: {USER_MODE_ONLY, DEVICE}, 1: EVERY_WAY}
 
-has_lsm = "bpf" in Path("/sys/kernel/security/lsm").read_text().split(",")
+has_lsm = features._lsm().state == "ok"
 needs_lsm = pytest.mark.skipif(not has_lsm, reason="bpf is not among the LSMs of this kernel")
 
 
