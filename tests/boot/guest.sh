@@ -97,7 +97,7 @@ native() {
 	tell given-back "$(cat $FILE);$(stat -c '%U:%G %a' /dev/userfaultfd)"
 }
 by_native() {
-	tell "$1" "$(cat $FILE);$(stat -c '%U:%G %a' /dev/userfaultfd);$(as stranger /root/actor syscall) $(as user /root/actor syscall);$(as stranger /root/actor device 2>&1);$(as user /root/actor device 2>&1)"
+	tell "$1" "$(cat $FILE);$(stat -c '%U:%G %a' /dev/userfaultfd);$(as stranger /root/actor syscall) $(as user /root/actor syscall);$(as stranger /root/actor device 2>&1 | grep -v '^+');$(as user /root/actor device 2>&1 | grep -v '^+')"
 }
 # All rules of udev and all of sysctl.d, as an installation of some package has them applied.
 apply() {

@@ -6,7 +6,7 @@ import postcopy
 import pytest
 from inside import KVM_GROUP, USER
 from postcopy import Machine, Refused
-from test_programs import QEMU_10, migrates
+from test_programs import QEMU_10
 
 from uffdguard import guard, state
 from uffdguard.kernel import native
@@ -20,7 +20,12 @@ def test_a_postcopy_migration_of_a_user_in_group_kvm_is_refused_when_disabled_an
     with pytest.raises(Refused, match="not available"):
         postcopy.migrate(machine)
     guard.set_mode(Mode.KVM)
-    migrates(machine)
+    for _ in range(3):  # on a busy machine all pages may have come before the guest touches one
+        migration = postcopy.migrate(machine)
+        if migration.requests:
+            break
+    assert migration.requests > 0
+    assert all(map(int.__lt__, migration.before, migration.after))
     status = state.status()
     assert (status.backend, status.in_force, status.native_knob, status.problems) == (Backend.NATIVE, True, 0, [])
 
