@@ -10,7 +10,7 @@ As in policy.py, no dataclasses, and the annotations are no strings.
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
-from uffdguard.policy import Policy
+from uffdguard.policy import Backend, Policy
 
 Severity = Literal["critical", "warning"]
 #: The guard of sysctls: attached and seen to refuse, not so, or impossible on this kernel (no cgroup v2 for BPF).
@@ -22,6 +22,8 @@ Preemption = Literal["none", "voluntary", "lazy", "full", "rt"]
 class Facts(NamedTuple):
     """What was found out and not judged yet. By default nothing is amiss: leave out what does not apply."""
 
+    #: What carries the policy out.
+    backend: Backend = Backend.LSM
     #: The policy that is set; None where none is, or where it cannot be read.
     policy: Policy | None = None
     #: Whether the policy answered as it must; None where nothing is known.
@@ -42,6 +44,8 @@ class Facts(NamedTuple):
     due: int | None = None
     #: Why the native knob cannot be reached, in a sentence.
     knob_problem: str | None = None
+    #: What is wrong with /dev/userfaultfd, in a sentence; the backend lsm does not go by it.
+    device: str | None = None
     #: What is wrong with /dev/kvm, where that matters.
     kvm: str | None = None
     #: Whether refusals of the native knob are counted.
@@ -50,6 +54,8 @@ class Facts(NamedTuple):
     start_complete: bool = True
     #: Whether the value of the native knob before the first start is recorded.
     found_recorded: bool = True
+    #: Whether the permissions of /dev/userfaultfd before the first start are, where they matter.
+    device_recorded: bool = True
     #: How often the kernel skipped a program, and how often it had when a start last took note.
     skipped: int = 0
     skips_seen: int = 0
@@ -82,6 +88,8 @@ class Condition(NamedTuple):
     sentences: Callable[[Facts], Iterator[str]]
     #: Its row in ``doctor``; empty: it concerns the policy and not the machine.
     row: str = ""
+    #: The backends that it concerns.
+    backends: tuple[Backend, ...] = (Backend.LSM,)
 
 
 def failing(facts: Facts) -> list[tuple[Condition, str]]:
@@ -123,7 +131,14 @@ def _knob_fits(facts: Facts) -> Iterator[str]:
         yield facts.knob_problem
     if facts.due is not None and facts.knob not in (facts.due, None):
         what = "the net below the policy is open" if facts.knob else "processes that the mode allows are refused"
+        if facts.knob and facts.backend is Backend.NATIVE:
+            what = "everybody may use userfaultfd"
         yield f"the native knob is {facts.knob} and not {facts.due}: {what}"
+
+
+def _device_fits(facts: Facts) -> Iterator[str]:
+    if facts.device:
+        yield facts.device
 
 
 def _kvm_device(facts: Facts) -> Iterator[str]:
@@ -144,6 +159,8 @@ def _start_complete(facts: Facts) -> Iterator[str]:
 def _found_recorded(facts: Facts) -> Iterator[str]:
     if not facts.found_recorded:
         yield "the native knob as it was found is not recorded: stop will leave the native knob at 0"
+    if not facts.device_recorded:
+        yield "/dev/userfaultfd as it was found is not recorded: stop will leave it to root alone"
 
 
 def _hooks_not_skipped(facts: Facts) -> Iterator[str]:
@@ -171,6 +188,7 @@ def _times(number: int) -> str:
 
 
 START = "uffdguard start repairs it"
+BOTH = (Backend.LSM, Backend.NATIVE)
 #: What to do where nothing is known of ``policy-answers``.
 UNKNOWN = "nothing is known of the policy, and nothing follows from that; see why it cannot be asked, and ask again"
 
@@ -183,6 +201,7 @@ CONDITIONS = (
         "No policy for userfaultfd is in force, or it does not answer",
         "uffdguard start puts it in force, or says why it cannot",
         _policy_answers,
+        backends=BOTH,
     ),
     Condition(
         "ftrace-enabled",
@@ -226,6 +245,16 @@ CONDITIONS = (
         "vm.unprivileged_userfaultfd does not fit the mode, or cannot be reached",
         START,
         _knob_fits,
+        backends=BOTH,
+    ),
+    Condition(
+        "device-fits",
+        "critical",
+        "UffdguardDevice",
+        "The permissions of /dev/userfaultfd do not fit the mode, which the backend native goes by",
+        START,
+        _device_fits,
+        backends=(Backend.NATIVE,),
     ),
     Condition(
         "kvm-device",
@@ -235,6 +264,7 @@ CONDITIONS = (
         "load kvm_intel or kvm_amd, and let devtmpfs make /dev/kvm",
         _kvm_device,
         row="KVM",
+        backends=BOTH,
     ),
     Condition(
         "native-counted",
@@ -251,6 +281,7 @@ CONDITIONS = (
         "The last start did not come to its end",
         START,
         _start_complete,
+        backends=BOTH,
     ),
     Condition(
         "found-recorded",
@@ -259,6 +290,7 @@ CONDITIONS = (
         "The native knob as it was found is not recorded, so that stop will leave it at 0",
         START,
         _found_recorded,
+        backends=BOTH,
     ),
     Condition(
         "hooks-not-skipped",

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from uffdguard.errors import Failure
-from uffdguard.policy import Mode, Policy
+from uffdguard.policy import Backend, Mode, Policy
 
 DEFAULT = Path("/usr/lib/uffdguard.toml")
 ADMINISTRATOR = Path("/etc/uffdguard.toml")
@@ -34,6 +34,7 @@ class File(msgspec.Struct, rename="kebab", forbid_unknown_fields=True):
     numeric: Literal["refuse", "accept"] | msgspec.UnsetType = msgspec.UNSET
     enforce: bool | msgspec.UnsetType = msgspec.UNSET
     events_per_second: Annotated[int, msgspec.Meta(ge=0, le=MOST_EVENTS)] | msgspec.UnsetType = msgspec.UNSET
+    backend: Backend | msgspec.UnsetType = msgspec.UNSET
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,28 @@ class Configuration:
     numeric: bool
     #: How many events a second one user may cause.
     events_per_second: int
+    #: What carries the policy out where none is in force yet.
+    backend: Backend = Backend.LSM
+    #: Whether a file says ``user-mode-only = "deny"``, which is the default, in so many words.
+    denies_user_mode_only: bool = False
+
+    def check(self, backend: Backend) -> None:
+        """Make sure that BACKEND can keep what the files say in so many words.
+
+        :raises Failure: it cannot.
+        """
+        if backend is not Backend.NATIVE:
+            return
+        if self.denies_user_mode_only:
+            raise Failure(
+                'the backend native cannot keep user-mode-only = "deny": the kernel lets UFFD_USER_MODE_ONLY pass',
+                'say "allow" in the configuration, or use the backend lsm',
+            )
+        if self.policy.audit:
+            raise Failure(
+                "the backend native cannot keep enforce = false: it sees no call that it could let pass",
+                "say enforce = true in the configuration, or use the backend lsm",
+            )
 
 
 def files() -> list[Path]:
@@ -63,7 +86,13 @@ def load() -> Configuration:
     policy = Policy(
         said.get("mode", Mode.DISABLED), said.get("user_mode_only") == "allow", audit=not said.get("enforce", True)
     )
-    return Configuration(policy, said.get("numeric") == "accept", said.get("events_per_second", 20))
+    return Configuration(
+        policy,
+        said.get("numeric") == "accept",
+        said.get("events_per_second", 20),
+        said.get("backend", Backend.LSM),
+        said.get("user_mode_only") == "deny",
+    )
 
 
 def read(path: Path) -> File:
@@ -100,6 +129,7 @@ def _key_and_reason(message: str) -> tuple[str, str]:
         "numeric": ["refuse", "accept"],
         "enforce": ["true", "false"],
         "events-per-second": [],
+        "backend": [*Backend],
     }
     if unknown := re.fullmatch(r"Object contains unknown field `(.*)`", message, re.DOTALL):
         return unknown[1], f"no such key; there are {', '.join(words)}"

@@ -14,11 +14,11 @@ import signal
 import time
 from typing import TYPE_CHECKING, NamedTuple
 
-from uffdguard import proof
+from uffdguard import native_backend, proof
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, layout, libbpf, native
 from uffdguard.lock import locked
-from uffdguard.policy import Mode, Policy, Reason, decide
+from uffdguard.policy import Backend, Mode, Policy, Reason, Request, decide
 from uffdguard.proof import Asker
 from uffdguard.state import (
     CONFIGURED,
@@ -30,6 +30,7 @@ from uffdguard.state import (
     PINS,
     USES,
     Pinned,
+    backend,
     foreign_pins,
     found_knob,
     is_counting,
@@ -120,22 +121,15 @@ def start(
             raise Failure(problem, "remove it and run start again")
         current = found.policy() if found.has("decide") or LOADED.exists() else None
         wanted = configured._replace(
-            mode=mode or (current or configured).mode, audit=_wanted_audit(configured, current, audit)
+            mode=mode or (current or native_backend.policy() or configured).mode,
+            audit=_wanted_audit(configured, current, audit),
         )
         native.check_mode(wanted.mode)
         # What a server that has died left, or whoever was about to cover the file.
         if not native.is_covered() or (not server() and native.is_deserted()):
             native.uncover()
         knob = held.enter_context(native.Knob())
-        ours = found.has("decide") or LOADED.exists()
-        if not (ours and FOUND.exists()):
-            step("record the native knob")
-            # With a policy in force and its record lost, the knob's value is ours and not what was found. A record that
-            # a killed start or stop has left may be older than a change that somebody made since: the stricter counts.
-            value = 0 if ours else min(knob.read(), found_knob(otherwise=1))
-            if not FOUND.exists():
-                undo.callback(FOUND.unlink, missing_ok=True)
-            write(FOUND, str(value))
+        _record_knob(knob, undo, ours=found.has("decide") or backend() is not None)
         asker = held.enter_context(Asker())
         older: set[int] = set()
         if _answers(found, current, asker, knob) and found.complete and _same_object():
@@ -155,8 +149,63 @@ def start(
         step("record the object")
         _write_once(LOADED, _object_hash())
         undo.pop_all()
+        native_backend.give_back()
     libbpf.await_end(older)
     return Started(changed, current, wanted)
+
+
+def start_native(configured: Policy, mode: Mode | None = None) -> Started:
+    """Put the policy in force by the backend ``native``, in the place of ``lsm`` where that is.
+
+    :param configured: what the configuration files say.
+    :param mode: the mode that was asked for on the command line.
+    :raises Failure: it could not be done; what was done is undone, unless it has taken the place of ``lsm`` already.
+    """
+    features.require(*features.NATIVE_CHECKS)
+    with locked(), contextlib.ExitStack() as held, contextlib.ExitStack() as undo:
+        left = sorted(PINS.iterdir()) if PINS.is_dir() else []
+        found = held.enter_context(pinned()) if left else Pinned()
+        if problem := foreign_pins():
+            raise Failure(problem, "remove it and run start again")
+        current = found.policy() or native_backend.policy()
+        wanted = Policy(mode or (current or configured).mode, user_mode_only=True)
+        native_backend.check_mode(wanted.mode)
+        knob = held.enter_context(native.Knob())
+        changed = bool(left) or not (current and native_backend.fits(wanted.mode, knob)) or current.mode != wanted.mode
+        ours = backend() is not None
+        changed |= not (ours and FOUND.exists())
+        try:
+            if changed:
+                _record_knob(knob, undo, ours=ours)
+                native_backend.put(wanted.mode, knob, found.fds, undo)
+            if left or LOADED.exists():
+                # From here on there is no way back, and nothing laxer ahead: all but UFFD_USER_MODE_ONLY is closed.
+                undo.pop_all()
+                programs = [program.id for program in found.programs.values()]
+                held.pop_all().close()
+                _end_policy(left, programs)
+                CONFIGURED.unlink(missing_ok=True)
+            native_backend.ask(wanted.mode)
+        except OSError as error:
+            raise Failure(f"cannot put the policy in force: {error}", "see uffdguard doctor") from error
+        undo.pop_all()
+    return Started(changed, current, wanted)
+
+
+def _record_knob(knob: native.Knob, undo: contextlib.ExitStack, *, ours: bool) -> None:
+    """Record the native knob as it was found, unless that is done.
+
+    :param ours: whether a policy of ours is in force, so that the knob is no more as it was found.
+    """
+    if ours and FOUND.exists():
+        return
+    step("record the native knob")
+    # With a policy in force and its record lost, the knob's value is ours and not what was found. A record that
+    # a killed start or stop has left may be older than a change that somebody made since: the stricter counts.
+    value = 0 if ours else min(knob.read(), found_knob(otherwise=1))
+    if not FOUND.exists():
+        undo.callback(FOUND.unlink, missing_ok=True)
+    write(FOUND, str(value))
 
 
 def _wanted_audit(configured: Policy, current: Policy | None, asked: bool | None) -> bool:
@@ -400,7 +449,7 @@ def _change(
     :param pin_over: pin FDS in the place of these before the native knob is touched.
     On the way out after a failure the older policy stands again, and the native knob is no laxer than before.
     """
-    expected = decide(wanted, asker.REQUEST)
+    expected = decide(wanted, asker.request)
     try:
         step("ask strictly")
         asker.ask(fds["witness"], Reason.DISABLED, strict=True)
@@ -422,7 +471,7 @@ def _change(
             _set_knob(fds, due, value, knob, undo)
         if due:
             step("ask by system call")
-            asker.ask(fds["witness"], expected, by_syscall=True, audit=wanted.audit)
+            asker.ask(fds["witness"], decide(wanted, Request()), by_syscall=True, audit=wanted.audit)
         _count_native(fds, due == 0, undo)
     except OSError as error:
         raise Failure(f"cannot put the policy in force: {error}", "see uffdguard doctor") from error
@@ -493,6 +542,8 @@ def set_mode(mode: Mode) -> Policy:
     :raises Failure: none is in force, or it does not answer.
     """
     native.need_root("switches the mode")
+    if backend() is Backend.NATIVE:
+        return start_native(Policy(), mode).policy
     with locked(), pinned() as found:
         if not found.complete:
             if not found.pins:
@@ -547,7 +598,8 @@ def stop() -> bool:
         left = sorted(PINS.iterdir()) if PINS.is_dir() and not foreign_pins() else []
         if not (left or any(native.RUN.iterdir()) or native.VISIBLE_PROC.parent.exists()):
             return False
-        _mount(undo)
+        if left or backend() is not Backend.NATIVE:  # whose kernel may have no bpffs
+            _mount(undo)
         undo.pop_all()
         programs: list[int] = []
         if left:
@@ -560,17 +612,8 @@ def stop() -> bool:
         if left or FOUND.exists() or LOADED.exists():
             step("close the native knob")
             _close_knob()
-        step("uncover the native file")
-        _end_server()
-        native.uncover()
-        for path in sorted(left, key=lambda path: PARTS.index(path.name) if path.name in PARTS else -1, reverse=True):
-            if path.name in PARTS:
-                step(f"unpin {path.name}")
-            path.unlink(missing_ok=True)
-        if left:
-            PINS.rmdir()
-        libbpf.await_end(programs)
-        LOADED.unlink(missing_ok=True)
+        _end_policy(left, programs)
+        native_backend.give_back()
         step("restore the native knob")
         if FOUND.exists():
             # Only a 1 that was found opens it; what cannot be read does not.
@@ -581,6 +624,25 @@ def stop() -> bool:
         for path in native.RUN.iterdir():
             path.unlink()
         return True
+
+
+def _end_policy(left: list[Path], programs: list[int]) -> None:
+    """Take away what is pinned, and return when nothing of it decides any more.
+
+    :param left: what is in the directory of the pins.
+    :param programs: the ids of the programs among that.
+    """
+    step("uncover the native file")
+    _end_server()
+    native.uncover()
+    for path in sorted(left, key=lambda path: PARTS.index(path.name) if path.name in PARTS else -1, reverse=True):
+        if path.name in PARTS:
+            step(f"unpin {path.name}")
+        path.unlink(missing_ok=True)
+    if left:
+        PINS.rmdir()
+    libbpf.await_end(programs)
+    LOADED.unlink(missing_ok=True)
 
 
 def _close_knob() -> None:

@@ -17,7 +17,7 @@ from uffdguard.conditions import UNKNOWN
 from uffdguard.errors import Failure, one_line
 from uffdguard.kernel import execve, features, layout, libbpf, native
 from uffdguard.lock import locked
-from uffdguard.policy import Mode, Policy, Request, decide
+from uffdguard.policy import Backend, Mode, Policy, Request, decide
 from uffdguard.steps import log
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class Setting:
     knob: int | None  # None: it cannot be read
     #: Whether the option user-mode-only is known: it is root's to see, the mode is everybody's.
     option: bool = True
+    #: The backend native has set the knob.
+    native: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,10 +73,11 @@ def setting_of(found: state.Pinned) -> Setting:
     if policy is None and (found.pins or state.server()):
         problems = ", ".join(found.problems) or "its map cannot be read"
         raise Failure(f"the policy is damaged: {problems}", "run uffdguard start")
+    by_native = state.backend() is Backend.NATIVE
     try:
-        return Setting(policy, native.read_knob())
+        return Setting(policy, native.read_knob(), native=by_native)
     except Failure:
-        return Setting(policy, None)
+        return Setting(policy, None, native=by_native)
 
 
 def answered(found: state.Pinned) -> Setting:
@@ -388,6 +391,11 @@ def why(setting: Setting, subject: Subject, found: Verdict) -> str:
         return f"in audit vm.unprivileged_userfaultfd is left as it was, which is 0, and {who} {subject.capability}"
     if setting.policy:
         return f"vm.unprivileged_userfaultfd is 0, which does not fit mode {setting.policy.mode}"
+    if setting.native:
+        return (
+            f"by the backend native vm.unprivileged_userfaultfd is {setting.knob}, and {who} {subject.capability};"
+            " the permissions of /dev/userfaultfd are not looked at"
+        )
     return f"no policy is in force, vm.unprivileged_userfaultfd is {setting.knob}, and {who} {subject.capability}"
 
 
@@ -406,10 +414,10 @@ def would_allow(setting: Setting, subject: Subject) -> Iterator[str]:
         yield "to ask with UFFD_USER_MODE_ONLY"
         if verdict(Setting(policy._replace(audit=False), 1), request).allowed:
             yield "uffdguard start --enforce, which sets the knob"
-    elif verdict(replace(setting, knob=1), request).allowed:
+    elif not setting.native and verdict(replace(setting, knob=1), request).allowed:
         yield "uffdguard start, which sets the knob" if policy else "vm.unprivileged_userfaultfd = 1, for everybody"
     for mode in native.modes():
-        if policy and mode is policy.mode:
+        if (policy and mode is policy.mode) or (setting.native and mode is not Mode.ENABLED):
             continue
         command = f"uffdguard {'start --enforce --mode' if audit else 'mode' if policy else 'start --mode'} {mode}"
         other = Setting(Policy(mode, bool(policy and policy.user_mode_only)), mode.native_value)

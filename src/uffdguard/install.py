@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -17,7 +18,7 @@ import msgspec
 from uffdguard import config
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, native
-from uffdguard.policy import Mode
+from uffdguard.policy import Backend, Mode
 from uffdguard.steps import Steps, beside, write
 
 if TYPE_CHECKING:
@@ -28,6 +29,9 @@ MANIFEST = Path("/var/lib/uffdguard/installed.json")
 UNITS = Path("/etc/systemd/system")
 PAGES = Path("/usr/local/share/man")
 COMPLETION = Path("/usr/local/share/bash-completion/completions/uffdguard")
+#: What adds bpf to the LSMs, with the file that most of GRUB's configuration is in.
+GRUB_FILE = features.GRUB_DROP_INS / "uffdguard.cfg"
+GRUB = Path("/etc/default/grub")
 #: The command that a distribution's package has, and that the units in the source name.
 PACKAGED = "/usr/bin/uffdguard"
 
@@ -42,6 +46,7 @@ STEPS = Steps(
         "write a file",
         "list what is there",
         "enable the units",
+        "update the boot loader",
         "disable the units",
         "remove a file",
         "remove the list",
@@ -89,7 +94,9 @@ def install(command: Path, mode: Mode | None, completion: str) -> Installed:
         file is wrong, so that the next boot could not start; nothing is changed then.
     """
     native.need_root("installs")
-    features.require(features.hook)
+    # Only the backend lsm needs it; what is wrong with a configuration file is said below.
+    if features.configured_backend() is Backend.LSM:
+        features.require(features.hook)
     known = _manifest()
     # Which files there are does not depend on the mode.
     there = [path for path, _ in files(command, Mode.DISABLED, completion) if path.exists()]
@@ -118,6 +125,60 @@ def install(command: Path, mode: Mode | None, completion: str) -> Installed:
     return Installed(mode, before, config.load().policy.mode)
 
 
+def add_lsm() -> str | None:
+    """Have GRUB boot with bpf among the LSMs, and change nothing else.
+
+    :returns: the kernel's parameter, or None where bpf is among them already.
+    :raises Failure: it cannot be done here; says what to do by hand.
+    """
+    native.need_root("changes the boot loader's configuration")
+    features.require(features.hook)
+    try:
+        modules = (features.SECURITYFS / "lsm").read_text().strip()
+    except OSError as error:
+        raise Failure("cannot tell the LSMs: securityfs is not mounted", features.MOUNT_SECURITYFS) from error
+    if "bpf" in modules.split(","):
+        return None
+    parameter = features.lsm_parameter(modules)
+    update = shutil.which("update-grub")
+    if not (features.GRUB_DROP_INS.is_dir() and update):
+        missing = "update-grub" if features.GRUB_DROP_INS.is_dir() else features.GRUB_DROP_INS
+        raise Failure(
+            f"{missing} is not there: the boot loader is another one than Debian's GRUB",
+            f"add {parameter} to the kernel's command line by hand, and reboot",
+        )
+    for path in (GRUB, *sorted(features.GRUB_DROP_INS.glob("*.cfg"))):
+        # The last one on the command line would win, or ours would.
+        if path != GRUB_FILE and path.exists() and re.search(r"^[^#\n]*\blsm=", path.read_text(), re.MULTILINE):
+            raise Failure(f"{path} sets lsm= already", "add ,bpf to that by hand, run update-grub, and reboot")
+    known = _manifest()
+    name = str(GRUB_FILE)
+    if GRUB_FILE.exists() and _hash(GRUB_FILE.read_bytes()) not in known.get(name, []):
+        raise Failure(f"not put there by us, or changed since: {name}", "move it away and run it again")
+    text = (
+        "# Written by uffdguard install --lsm; uffdguard uninstall removes it.\n"
+        f'GRUB_CMDLINE_LINUX="$GRUB_CMDLINE_LINUX {parameter}"\n'
+    )
+    step("list the files")
+    _list(known | {name: [*known.get(name, []), _hash(text.encode())]})
+    step("write a file")
+    write(GRUB_FILE, text)
+    _update_grub()
+    return parameter
+
+
+def _update_grub() -> None:
+    """Let GRUB take its configuration.
+
+    :raises Failure: it does not.
+    """
+    step("update the boot loader")
+    done = subprocess.run(["update-grub"], capture_output=True, text=True)
+    if done.returncode:
+        last = (done.stderr.strip() or done.stdout.strip()).splitlines()[-1:]
+        raise Failure(f"update-grub failed: {''.join(last)}", "correct it and run it again")
+
+
 def uninstall() -> list[str]:
     """Take everything away again, the policy too where systemd runs it.
 
@@ -128,8 +189,10 @@ def uninstall() -> list[str]:
     known = _manifest()
     if not known:
         raise Failure("nothing was put in place by uffdguard install", "a package is removed by apt")
-    step("disable the units")
-    _systemctl("disable", "--now", *ENABLED)
+    # Where install --lsm was all, the units are those of a package.
+    if any(str(UNITS / name) in known for name in ENABLED):
+        step("disable the units")
+        _systemctl("disable", "--now", *ENABLED)
     left = []
     for name, written in known.items():
         step("remove a file")
@@ -141,6 +204,8 @@ def uninstall() -> list[str]:
             path.unlink()
         else:
             left.append(name)
+    if str(GRUB_FILE) in known and shutil.which("update-grub"):
+        _update_grub()
     step("remove the list")
     shutil.rmtree(MANIFEST.parent)
     _systemctl("daemon-reload")

@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from uffdguard import __version__, state
 from uffdguard.conditions import CONDITIONS
 from uffdguard.errors import Failure, one_line
-from uffdguard.policy import Mode
+from uffdguard.policy import Backend, Mode
 from uffdguard.steps import log
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ def of_status(status: Status | None) -> Iterator[Metric]:
     if status:
         modes = {str(word): status.mode is word for word in Mode}
         yield _gauges("mode", "Which mode is set.", "mode", modes)
+        backends = {str(word): status.backend is word for word in Backend}
+        yield _gauges("backend", "What carries the policy out.", "backend", backends)
     yield _gauge("problems", "Number of things amiss, as status lists them.", len(status.problems) if status else 1)
     if status is None:
         yield _conditions({"policy-answers": False})
@@ -76,7 +78,11 @@ def of_status(status: Status | None) -> Iterator[Metric]:
         yield _gauge("native_knob", "The value of vm.unprivileged_userfaultfd.", status.native_knob)
     yield _gauge("drift", "Whether the native knob does not fit the mode.", status.drift)
     if status.in_force or status.failing:
-        holds = {condition.name: condition.name not in status.failing for condition in CONDITIONS}
+        holds = {
+            condition.name: condition.name not in status.failing
+            for condition in CONDITIONS
+            if (status.backend or Backend.LSM) in condition.backends
+        }
         # Where the program that decides is not pinned, status names the damage alone.
         holds["policy-answers"] &= status.in_force
         yield _conditions(holds)
@@ -84,6 +90,8 @@ def of_status(status: Status | None) -> Iterator[Metric]:
         return
     yield _gauge("user_mode_only", "Whether UFFD_USER_MODE_ONLY suffices to be allowed.", bool(status.user_mode_only))
     yield _gauge("audit", "Whether refusals are let pass.", bool(status.audit))
+    if status.backend is Backend.NATIVE:  # which counts nothing
+        return
     yield _gauge("grants", "Processes that have opened /dev/kvm.", status.grants)
     yield _counter("grants_lost", "Grants that could not be recorded.", status.lost)
     yield _counter("hooks_skipped", "Times that the kernel skipped a program of ours.", status.skipped)

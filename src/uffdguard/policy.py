@@ -27,6 +27,25 @@ class Mode(StrEnum):
         return 0 if self is Mode.DISABLED else 1
 
 
+class Backend(StrEnum):
+    """What carries the policy out."""
+
+    #: An eBPF program on the LSM hook: exact.
+    LSM = "lsm"
+    #: The kernel's own knob and the permissions of /dev/userfaultfd: weaker, see WEAKER.
+    NATIVE = "native"
+
+
+#: What the backend ``native`` does not do of what ``lsm`` does.
+WEAKER = (
+    "UFFD_USER_MODE_ONLY passes in every mode",
+    "mode kvm goes by the group of /dev/kvm, which gets /dev/userfaultfd: the permission counts, not the open",
+    "whoever has /dev/userfaultfd open keeps it, and a node of it elsewhere has permissions of its own",
+    "nothing is counted or logged; there is no audit, and no interface file",
+    "no guard: what root writes to the native knob or changes of the device stays until the next start",
+)
+
+
 class Reason(StrEnum):
     """Why a decision fell as it did: the row of the table that took it. The order is that of guard.bpf.c."""
 

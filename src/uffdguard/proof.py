@@ -28,11 +28,9 @@ class Asker:
 
     It never opens /dev/kvm. /dev/userfaultfd is opened for it by root, because creations through it are not
     governed by the native knob: with the knob at 0 a refused system call would prove nothing of ours. Where there is no
-    such device, as on a kernel before 6.1, the child takes CAP_SYS_PTRACE for such a question, which passes the native
-    check. The strict question is refused all the same; any other sees that the capability is what it was allowed by.
+    such device, as on a kernel before 6.1, the child asks with UFFD_USER_MODE_ONLY, which the native knob lets pass.
     """
 
-    REQUEST = Request()
     #: Seconds.
     PATIENCE = 20.0
 
@@ -40,6 +38,8 @@ class Asker:
         self._device: int | None = None
         with contextlib.suppress(FileNotFoundError):
             self._device = os.open(native.DEV_USERFAULTFD, os.O_RDWR | os.O_CLOEXEC)
+        #: What the kernel sees of a question that is not by the system call as others make it.
+        self.request = Request(user_mode_only=self._device is None)
         self._begin()
         return self
 
@@ -86,12 +86,7 @@ class Asker:
     def _serve(server: socket.socket, device: int | None) -> None:
         # Its user stays root: capabilities are all that the kernel and the policy ask about, and whoever serves the
         # interface file has none left by which to become another.
-        permitted = 1 << native.CAP_SYS_PTRACE if device is None else 0
-        try:
-            native.drop_capabilities(permitted=permitted)
-        except PermissionError:  # the server of the interface file has none left: it gets no answer from the policy
-            permitted = 0
-            native.drop_capabilities()
+        native.drop_capabilities()
         # It ends when we do, by the end of the socket, and not by what a terminal or a service manager sends to all.
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, signal.SIG_IGN)
@@ -105,9 +100,7 @@ class Asker:
             elif device is not None:
                 answer = probe.device_ioctl(device)
             else:
-                native.set_effective(permitted, permitted=permitted)
-                answer = probe.syscall()
-                native.set_effective(0, permitted=permitted)
+                answer = probe.syscall(probe.UFFD_USER_MODE_ONLY)
             server.send(bytes([answer]))
 
     def _answer(self, question: bytes) -> int:
@@ -131,8 +124,6 @@ class Asker:
         :param audit: see a refusal let pass.
         :raises Failure: the policy does not answer as it must.
         """
-        if self._device is None and not (by_syscall or strict):
-            expected = Reason.CAPABILITY
         # Whoever gets the pid of a child that was killed is not to be taken for it for long.
         until = int(time.clock_gettime(time.CLOCK_BOOTTIME) + self.PATIENCE) + 1
         armed = {"strict": strict, "decisions": 0, "until": until, "tgid": self.pid}

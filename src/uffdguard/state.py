@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 from uffdguard.conditions import Facts, Guard, failing
 from uffdguard.errors import Failure
 from uffdguard.kernel import layout, libbpf, native
-from uffdguard.policy import Mode, Policy, Reason
+from uffdguard.policy import Backend, Mode, Policy, Reason
 
 PINS = native.BPFFS / "uffdguard"
 #: The native knob as it was found at the first start: written once, removed by stop.
@@ -31,6 +31,9 @@ SERVER = native.RUN / "knob"
 
 #: What the configuration said of audit at the last start: ``enforce`` or ``audit``.
 CONFIGURED = native.RUN / "configured"
+
+#: The mode that the backend ``native`` has set; there while that is in force.
+NATIVE_MODE = native.RUN / "mode"
 
 #: Each link is pinned under the name of its program; with the maps that its program uses.
 LINKS: dict[str, set[str]] = {
@@ -98,6 +101,16 @@ class Pinned:
         if "policy" not in self.fds:
             return None
         return read_policy(self.fds["policy"])
+
+
+def backend() -> Backend | None:
+    """Return what carries a policy out now, or is to, where it is damaged; for root alone.
+
+    In a change from one to the other that is not done yet, both are there; it is done by a start of ``lsm``.
+    """
+    if LOADED.exists() or (PINS / "decide").exists():
+        return Backend.LSM
+    return Backend.NATIVE if NATIVE_MODE.exists() else None
 
 
 def read_policy(fd: int) -> Policy | None:
@@ -220,6 +233,11 @@ def not_in_force(reason: str | None = None) -> Failure:
     """
     from uffdguard.kernel import features
 
+    if backend() is Backend.NATIVE:
+        return Failure(
+            "the backend native is in force, by which nothing is counted, logged or served",
+            "uffdguard start --backend lsm, on a kernel with bpf among its LSMs, can do that",
+        )
     hook = features.hook()
     if hook.state == "missing":
         return Failure(f"the policy is not in force: {hook.fact}", hook.hint)
@@ -232,6 +250,11 @@ def current_policy() -> Policy:
     :raises Failure: none is in force, or it cannot be told.
     """
     native.need_root("can see the mode")
+    if backend() is Backend.NATIVE:
+        from uffdguard import native_backend
+
+        if policy := native_backend.policy():
+            return policy
     with pinned() as found:
         policy = found.policy()
         if policy is None or not found.has("decide"):
@@ -241,6 +264,13 @@ def current_policy() -> Policy:
 
 #: What /proc/sys/vm/unprivileged_userfaultfd is: the kernel's own file, ours, or ours without a server.
 Interface = Literal["native", "served", "dead"]
+
+
+def interface() -> Interface:
+    """Tell what the interface file is."""
+    if not native.is_covered():
+        return "native"
+    return "served" if server() else "dead"
 
 
 class Status(NamedTuple):
@@ -271,6 +301,9 @@ class Status(NamedTuple):
     sysctl_refused: int  # writes to sysctls that the guard refused
     problems: list[str]  # a sentence each
     failing: list[str]  # the names of the conditions that these are about, see conditions.py
+    backend: Backend | None = Backend.LSM  # None: no policy is set
+    device: str | None = None  # who may open /dev/userfaultfd, where the backend goes by that
+    weaker: tuple[str, ...] = ()  # what the backend does not do of what lsm does, a sentence each
 
 
 class Doubts(NamedTuple):
@@ -316,6 +349,11 @@ def status() -> Status:
     native.need_root("can see the state of the policy")
     with contextlib.ExitStack() as stack:
         doubts = None
+        if backend() is Backend.NATIVE:
+            from uffdguard import native_backend
+
+            stack.enter_context(locked())
+            return native_backend.status(interface())
         if PINS.exists():
             # Before the pins are opened: whoever stops the policy waits until nobody has it open any more.
             try:
@@ -338,9 +376,12 @@ def status() -> Status:
             unread = error.what
         left = bool(found.pins) or bool(foreign_pins()) or FOUND.exists() or LOADED.exists()
         due = knob_of(policy) if policy else None
-        interface: Interface = ("served" if server() else "dead") if native.is_covered() else "native"
-        facts = Facts(policy=policy, damage=tuple(found.problems) if left else (), interface_dead=interface == "dead")
-        facts = facts._replace(procfs_left=interface == "native" and native.shows_procfs())
+        file = interface()
+        damage = list(found.problems) if left else []
+        if NATIVE_MODE.exists():
+            damage.append("what the backend native has set is left over from a change to or from it")
+        facts = Facts(policy=policy, damage=tuple(damage), interface_dead=file == "dead")
+        facts = facts._replace(procfs_left=file == "native" and native.shows_procfs())
         if policy:
             if counts is None or kept is None:
                 other = "the counts are those of another version of uffdguard"
@@ -379,7 +420,7 @@ def status() -> Status:
             skipped=found.skipped,
             lost=counts.lost,
             guard=facts.guard if policy and doubts.answers is not None else None,
-            interface=interface,
+            interface=file,
             grants=len(granted(found)) if policy else 0,
             allowed=sum(number for reason, number in decisions.items() if reason.allowed),
             refused=counts.native + sum(number for reason, number in decisions.items() if not reason.allowed),
@@ -390,6 +431,7 @@ def status() -> Status:
             sysctl_refused=counts.sysctl,
             problems=[sentence for _, sentence in wrong],
             failing=list(dict.fromkeys(condition.name for condition, _ in wrong)),
+            backend=Backend.LSM if policy else None,
         )
 
 

@@ -9,6 +9,7 @@ set -x
 FILE=/proc/sys/vm/unprivileged_userfaultfd
 CONFIGURATION=/etc/uffdguard.toml
 SYSCTL=/etc/sysctl.d/50-test.conf
+UDEV=/etc/udev/rules.d/50-test.rules
 PYTHON=/usr/bin/python3
 DROP_INS=/run/systemd/system/uffdguard-knob.service.d
 
@@ -26,7 +27,7 @@ native() { unshare -m sh -c "mount -t proc proc /proc && cat $FILE"; }
 fallback() { journalctl -b -o cat -u uffdguard-fallback | grep '^uffdguard.service has failed'; }
 
 before() {
-	rm -f $SYSCTL $CONFIGURATION /etc/modules-load.d/hardened.conf
+	rm -f $SYSCTL $CONFIGURATION /etc/modules-load.d/hardened.conf $UDEV
 	if [ -e $PYTHON.away ]; then mv $PYTHON.away $PYTHON; fi
 	if [ "$(type -t "before_$1")" ]; then "before_$1"; fi
 }
@@ -84,6 +85,41 @@ closed() {
 # libvirt's line, in libvirt's way.
 before_without_lsm() { echo '-vm.unprivileged_userfaultfd = 1' >$SYSCTL; }
 without_lsm() { closed; }
+
+# Without BPF, by the backend native; with what would open the knob and the device.
+before_native() {
+	printf 'backend = "native"\nmode = "kvm"\n' >$CONFIGURATION
+	echo 'vm.unprivileged_userfaultfd = 1' >$SYSCTL
+	echo 'SUBSYSTEM=="misc", KERNEL=="userfaultfd", MODE="0666"' >$UDEV
+}
+native() {
+	tell units "$(units)"
+	tell failed "$(failed)"
+	by_native at-boot
+	tell status "$(uffdguard status >/tmp/status 2>&1; echo $?; sed -n 's/^\(policy\|backend\|device\|problem\) *//p' /tmp/status | sed 's/ since.*//')"
+	apply
+	by_native applied
+	systemctl reload uffdguard
+	tell reload "$?"
+	by_native reloaded
+	uffdguard mode disabled
+	apply
+	by_native disabled
+	systemctl restart uffdguard
+	by_native restarted
+	systemctl stop uffdguard
+	tell stopped "$(cat $FILE);$(stat -c '%U:%G %a' /dev/userfaultfd);$(ls /run/udev/rules.d/*uffdguard* /run/sysctl.d/*uffdguard*)"
+	apply
+	tell given-back "$(cat $FILE);$(stat -c '%U:%G %a' /dev/userfaultfd)"
+}
+by_native() {
+	tell "$1" "$(cat $FILE);$(stat -c '%U:%G %a' /dev/userfaultfd);$(as stranger /root/actor syscall) $(as user /root/actor syscall);$(as stranger /root/actor device 2>&1 | grep -v '^+');$(as user /root/actor device 2>&1 | grep -v '^+')"
+}
+# All rules of udev and all of sysctl.d, as an installation of some package has them applied.
+apply() {
+	udevadm trigger --action=add --settle --subsystem-match=misc
+	/lib/systemd/systemd-sysctl
+}
 
 before_without_python() {
 	echo 'vm.unprivileged_userfaultfd = 1' >$SYSCTL
@@ -316,7 +352,7 @@ asked() {
 
 phase=$(sed 's/.*phase=\([a-z_]*\).*/\1/' /proc/cmdline)
 if [ "$1" = before ]; then before "$phase"; exit; fi
-chmod 666 /dev/userfaultfd
+[ "$phase" = native ] || chmod 666 /dev/userfaultfd
 settle
 "$phase"
 tell end 1

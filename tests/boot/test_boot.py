@@ -32,6 +32,7 @@ PHASES = {
     "incapable": [WITHOUT_LSM],
     "off": ["uffdguard=off"],
     "without_lsm": [WITHOUT_LSM],
+    "native": [WITHOUT_LSM],
     "without_python": [],
     "typo": [],
     "hardened": [],
@@ -162,6 +163,25 @@ def test_so_does_a_stop_that_fails(typo: dict[str, str]) -> None:
 
 def test_where_the_pins_are_gone_a_start_that_fails_closes_the_knob(typo: dict[str, str]) -> None:
     assert typo["gone"] == "1;0"
+
+
+def test_the_backend_native_lasts_over_a_boot_and_what_udev_and_sysctl_d_apply(
+    boot: Callable[[str], dict[str, str]],
+) -> None:
+    """The group of /dev/kvm is known when udev has given it, after the start; a rule and a sysctl would open both."""
+    facts = boot("native")
+    denied = "actor: /dev/userfaultfd: Permission denied"
+    kvm = f"0;root:kvm 660;EPERM EPERM;{denied};allowed"
+    assert (facts["units"], facts["failed"]) == ("active;inactive;inactive", "")
+    assert facts["status"] == "0;in force;native, which is weaker than lsm: see below;root:kvm 0660"
+    for when in ("at-boot", "applied", "reloaded"):
+        assert facts[when] == kvm, when
+    assert facts["reload"] == "0"
+    for when in ("disabled", "restarted"):
+        assert facts[when] == f"0;root:root 600;EPERM EPERM;{denied};{denied}", when
+    # As it was found early in the boot, before or after udev; then what the machine's own files say is applied again.
+    assert facts["stopped"] in ("0;root:root 600", "0;root:root 666")
+    assert facts["given-back"] == "1;root:root 666"
 
 
 @pytest.mark.parametrize("phase", ["hardened", "without_jit"])

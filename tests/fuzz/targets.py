@@ -38,7 +38,7 @@ from uffdguard.errors import Failure, one_line
 from uffdguard.journal import MISSING_ID, NOTICE_ID, of_entry, to_event, to_sysctl_write
 from uffdguard.kernel import features, layout, libbpf, native, probe
 from uffdguard.lab import kernels, vm
-from uffdguard.policy import Mode, Policy
+from uffdguard.policy import Backend, Mode, Policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -122,6 +122,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "mode": tuple(Mode),
     "user-mode-only": ("deny", "allow"),
     "numeric": ("refuse", "accept"),
+    "backend": ("lsm", "native"),
 }
 
 
@@ -163,7 +164,7 @@ def configuration(data: bytes) -> None:
             assert 1 <= int(line[1]) <= parts[bad].count(b"\n") + 1, failure
         return
     whole: dict[str, Any] = {"mode": "disabled", "user-mode-only": "deny", "numeric": "refuse", "enforce": True}
-    whole["events-per-second"] = 20
+    whole |= {"events-per-second": 20, "backend": "lsm"}
     for said in says:
         assert isinstance(said, dict), "a file that is no configuration was taken"
         whole |= said
@@ -171,6 +172,8 @@ def configuration(data: bytes) -> None:
         Policy(Mode(whole["mode"]), whole["user-mode-only"] == "allow", not whole["enforce"]),
         whole["numeric"] == "accept",
         whole["events-per-second"],
+        Backend(whole["backend"]),
+        any("user-mode-only" in said for said in says) and whole["user-mode-only"] == "deny",
     ), (found, whole)
 
 

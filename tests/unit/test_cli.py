@@ -146,7 +146,7 @@ def test_alone_it_imports_neither_click_nor_what_makes_dataclasses(verb: str) ->
 import sys
 from uffdguard import cli, policy, state
 state.current_policy = lambda: policy.Policy(policy.Mode.KVM, audit=True)
-state.status = lambda: state.Status(**{STATUS._asdict() | {"mode": None, "decisions": {}}!r})
+state.status = lambda: state.Status(**{STATUS._asdict() | {"mode": None, "backend": None, "decisions": {}}!r})
 try:
     cli.main([{verb!r}])
 except SystemExit:

@@ -11,7 +11,7 @@ from unit import test_cli
 
 from uffdguard.cli import plain
 from uffdguard.conditions import BY_NAME, CONDITIONS, UNKNOWN, Facts, failing
-from uffdguard.policy import Mode, Policy
+from uffdguard.policy import Backend, Mode, Policy
 
 #: Facts by which a condition fails, and what is said then.
 WRONG: tuple[tuple[str, Facts, str], ...] = (
@@ -46,6 +46,12 @@ WRONG: tuple[tuple[str, Facts, str], ...] = (
         "the native knob is 0 and not 1: processes that the mode allows are refused",
     ),
     ("knob-fits", Facts(due=1, knob_problem="no procfs"), "no procfs"),
+    (
+        "knob-fits",
+        Facts(backend=Backend.NATIVE, knob=1, due=0),
+        "the native knob is 1 and not 0: everybody may use userfaultfd",
+    ),
+    ("device-fits", Facts(device="it is open"), "it is open"),
     ("kvm-device", Facts(kvm="/dev/kvm: no"), "/dev/kvm: no: it grants nobody"),
     ("native-counted", Facts(due=0, native_counted=False), "the refusals of the native knob are not counted"),
     ("native-counted", Facts(due=1, native_counted=True), "a counter is left over"),
@@ -54,6 +60,11 @@ WRONG: tuple[tuple[str, Facts, str], ...] = (
         "found-recorded",
         Facts(found_recorded=False),
         "the native knob as it was found is not recorded: stop will leave the native knob at 0",
+    ),
+    (
+        "found-recorded",
+        Facts(device_recorded=False),
+        "/dev/userfaultfd as it was found is not recorded: stop will leave it to root alone",
     ),
     ("hooks-not-skipped", Facts(skipped=3, skips_seen=2), "the kernel skipped a program of the policy once"),
     (

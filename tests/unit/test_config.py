@@ -8,7 +8,7 @@ import pytest
 
 from uffdguard import config
 from uffdguard.errors import Failure
-from uffdguard.policy import Mode, Policy
+from uffdguard.policy import Backend, Mode, Policy
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -26,6 +26,21 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_no_file_means_disabled_and_deny() -> None:
     assert config.load().policy == Policy(Mode.DISABLED, user_mode_only=False)
+
+
+def test_the_backend_is_lsm_unless_a_file_says_native(root: Path) -> None:
+    assert config.load().backend is Backend.LSM
+    (root / "administrator.toml").write_text('backend = "native"\n')
+    assert config.load().backend is Backend.NATIVE
+
+
+def test_the_backend_native_is_refused_what_it_cannot_keep_where_a_file_says_it_in_so_many_words(root: Path) -> None:
+    config.load().check(Backend.NATIVE)
+    for text, words in (('user-mode-only = "deny"', "user-mode-only"), ("enforce = false", "enforce = false")):
+        (root / "administrator.toml").write_text(text)
+        config.load().check(Backend.LSM)
+        with pytest.raises(Failure, match=f"the backend native cannot keep {words}"):
+            config.load().check(Backend.NATIVE)
 
 
 def test_the_later_file_wins_key_by_key(root: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,10 +15,10 @@ from uffdguard.conditions import BY_NAME, CONDITIONS
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, libbpf, native
 from uffdguard.kernel.features import Row
+from uffdguard.policy import WEAKER
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
 VERSION = "#1 SMP {} Debian 6.1.38-1 (2023-07-14)"
 VOLUNTARY = (
@@ -95,6 +96,28 @@ def test_its_last_line_is_the_answer(
     assert last == line
     assert doctor(capsys)[:2] == (status, {"can_enforce": able, "rows": [row._asdict() for row in rows]})
     assert status == int(any(row.state == "missing" for row in rows))
+
+
+def test_for_the_backend_native_it_asks_what_that_needs_and_says_that_it_is_weaker(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("DEFAULT", "ADMINISTRATOR", "DROP_INS"):
+        monkeypatch.setattr(config, name, tmp_path / name)
+    config.ADMINISTRATOR.write_text('backend = "native"\n')
+    monkeypatch.setattr(features, "NATIVE_CHECKS", (features._device_for_native,))
+    for device, state in (("/dev/null", "ok"), ("/dev/no-such-device", "warning")):
+        monkeypatch.setattr(native, "DEV_USERFAULTFD", Path(device))
+        status, found, rows = doctor(capsys)
+        assert (status, found["can_enforce"]) == (0, True)
+        assert set(rows) == {"userfaultfd device", "configuration", "backend"}
+        assert rows["userfaultfd device"]["state"] == state
+        assert (rows["backend"]["state"], rows["backend"]["fact"]) == ("warning", "native, which is weaker than lsm")
+    _, out, _ = run(capsys, "doctor")
+    assert all(f"\nweaker: {sentence}\n" in out for sentence in WEAKER)
+    assert out.endswith("this machine can enforce the policy by the weaker backend native\n")
+    config.ADMINISTRATOR.write_text('backend = "native"\nuser-mode-only = "deny"\n')
+    status, _, rows = doctor(capsys)
+    assert (status, rows["configuration"]["state"]) == (1, "missing")
 
 
 # What cannot be told is not taken for right, nor for wrong.

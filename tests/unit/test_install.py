@@ -37,10 +37,38 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(config, "ADMINISTRATOR", tmp_path / "etc/uffdguard.toml")
     monkeypatch.setattr(config, "DROP_INS", tmp_path / "etc/uffdguard.d")
     monkeypatch.setattr(install, "_systemctl", lambda *words: None)
+    for name in ("GRUB", "GRUB_FILE"):
+        monkeypatch.setattr(install, name, tmp_path / getattr(install, name).relative_to("/"))
+    monkeypatch.setattr(features, "GRUB_DROP_INS", install.GRUB_FILE.parent)
     monkeypatch.setattr(native, "need_root", lambda what: None)
     monkeypatch.setattr(native, "has_kvm", lambda: True)
     monkeypatch.setattr(features, "hook", lambda: features.Row("hook", "ok", ""))
     return tmp_path
+
+
+class Grub:
+    """A boot loader whose configuration is shell, as Debian's is."""
+
+    def __init__(self, outside: Path) -> None:
+        self.lsms, self.command_line = outside / "lsm", outside / "command-line"
+        self.lsms.write_text("lockdown,capability,landlock,yama,apparmor\n")
+        install.GRUB_FILE.parent.mkdir(parents=True)
+        install.GRUB.write_text('GRUB_CMDLINE_LINUX_DEFAULT="quiet"\nGRUB_CMDLINE_LINUX="a=b"\n#lsm=bpf\n')
+        self.program = outside / "update-grub"
+        self.program.write_text(
+            f"#!/bin/sh -e\nfor file in {install.GRUB} {install.GRUB_FILE.parent}/*.cfg; do\n"
+            f'if [ -e "$file" ]; then . "$file"; fi\ndone\n'
+            f'echo "$GRUB_CMDLINE_LINUX $GRUB_CMDLINE_LINUX_DEFAULT" >{self.command_line}\n'
+        )
+        self.program.chmod(0o755)
+
+
+@pytest.fixture
+def grub(root: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Grub:
+    outside = tmp_path_factory.mktemp("grub")
+    monkeypatch.setattr(features, "SECURITYFS", outside)
+    monkeypatch.setenv("PATH", str(outside), prepend=":")
+    return Grub(outside)
 
 
 def written(root: Path) -> dict[str, str]:
@@ -81,6 +109,15 @@ def test_nothing_is_put_in_place_on_a_kernel_without_the_hook(root: Path, monkey
     with pytest.raises(Failure, match="hook: no hook; boot another"):
         install.install(COMMAND, Mode.KVM, completion())
     assert written(root) == {}
+
+
+def test_the_backend_native_needs_no_hook(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(features, "hook", lambda: features.Row("hook", "missing", "no hook", "boot another"))
+    config.ADMINISTRATOR.parent.mkdir(exist_ok=True)
+    config.ADMINISTRATOR.write_text('backend = "native"\n')
+    assert install.install(COMMAND, Mode.KVM, completion()).at_boot is Mode.KVM
+    install.uninstall()
+    assert list(written(root)) == ["etc/uffdguard.toml"]
 
 
 def test_it_can_be_repeated_with_another_mode(root: Path) -> None:
@@ -166,10 +203,102 @@ def again() -> None:
     install.install(COMMAND, Mode.ENABLED, completion())
 
 
-def test_the_steps_are_those_that_are_taken(root: Path) -> None:
+class TestTheLsm:
+    """install --lsm adds bpf to the LSMs that the next boot has, and uninstall takes it away."""
+
+    def test_is_added_behind_those_that_are_there_and_taken_away(self, root: Path, grub: Grub) -> None:
+        before = written(root)
+        assert install.add_lsm() == "lsm=lockdown,landlock,yama,apparmor,bpf"
+        assert grub.command_line.read_text() == "a=b lsm=lockdown,landlock,yama,apparmor,bpf quiet\n"
+        assert set(written(root)) - set(before) == {
+            "etc/default/grub.d/uffdguard.cfg",
+            "var/lib/uffdguard/installed.json",
+        }
+        assert install.add_lsm()  # again, after an update-grub that was killed, say
+        assert install.uninstall() == []
+        assert written(root) == before
+        assert grub.command_line.read_text() == "a=b quiet\n"
+
+    def test_is_taken_away_with_all_that_install_puts_in_place(self, root: Path, grub: Grub) -> None:
+        before = written(root)
+        install.add_lsm()
+        fresh()
+        again()
+        assert "lsm=" in grub.command_line.read_text()
+        assert install.uninstall() == []
+        assert written(root) == before
+        assert grub.command_line.read_text() == "a=b quiet\n"
+
+    def test_alone_leaves_the_units_of_a_package_alone(self, grub: Grub, monkeypatch: pytest.MonkeyPatch) -> None:
+        called: list[tuple[str, ...]] = []
+        monkeypatch.setattr(install, "_systemctl", lambda *words: called.append(words))
+        install.add_lsm()
+        install.uninstall()
+        assert called == [("daemon-reload",)]
+
+    def test_is_printed_with_how_it_goes_away(self, grub: Grub, capsys: pytest.CaptureFixture[str]) -> None:
+        cli.main(["install", "--lsm"], standalone_mode=False)
+        assert capsys.readouterr().out.splitlines() == [
+            f"lsm=lockdown,landlock,yama,apparmor,bpf in {install.GRUB_FILE}, and update-grub was run:"
+            " so it is from the next boot on",
+            "uffdguard uninstall takes it away again",
+        ]
+        grub.lsms.write_text("lockdown,capability,bpf\n")
+        cli.main(["install", "--lsm"], standalone_mode=False)
+        assert capsys.readouterr().out == "bpf is among the LSMs already; nothing to do\n"
+
+    def test_is_for_the_hand_where_grub_has_no_drop_ins(self, root: Path, grub: Grub) -> None:
+        install.GRUB_FILE.parent.rmdir()
+        before = written(root)
+        with pytest.raises(
+            Failure, match=r"grub\.d is not there.*; add lsm=lockdown,.*,bpf to the kernel's command line"
+        ):
+            install.add_lsm()
+        assert written(root) == before
+
+    @pytest.mark.parametrize("place", ["grub", "grub.d/cloud.cfg"])
+    def test_is_for_the_hand_where_another_file_sets_it(self, root: Path, grub: Grub, place: str) -> None:
+        other = root / "etc/default" / place
+        other.write_text('GRUB_CMDLINE_LINUX_DEFAULT="quiet lsm=yama"\n')
+        before = written(root)
+        with pytest.raises(Failure, match=f"{other} sets lsm= already; add ,bpf to that by hand"):
+            install.add_lsm()
+        assert written(root) == before
+
+    def test_that_update_grub_does_not_take_is_reported_and_can_be_repeated_or_taken_away(
+        self, root: Path, grub: Grub
+    ) -> None:
+        before = written(root)
+        right = grub.program.read_text()
+        grub.program.write_text("#!/bin/sh\necho no room >&2\nexit 1\n")
+        with pytest.raises(Failure, match="update-grub failed: no room"):
+            install.add_lsm()
+        grub.program.write_text(right)
+        assert install.add_lsm()
+        assert install.uninstall() == []
+        assert written(root) == before
+
+    def test_a_file_of_somebody_else_is_not_written_over(self, grub: Grub) -> None:
+        install.GRUB_FILE.write_text("# mine\n")
+        with pytest.raises(Failure, match="not put there by us"):
+            install.add_lsm()
+        assert install.GRUB_FILE.read_text() == "# mine\n"
+
+    def test_doctor_says_how(self, grub: Grub) -> None:
+        row = features._lsm()
+        assert row.state == "missing"
+        assert row.hint.startswith(
+            "boot with lsm=lockdown,landlock,yama,apparmor,bpf, which uffdguard install --lsm has GRUB do; "
+        )
+        install.GRUB_FILE.parent.rmdir()
+        assert features._lsm().hint.startswith("boot with lsm=lockdown,landlock,yama,apparmor,bpf; ")
+
+
+def test_the_steps_are_those_that_are_taken(root: Path, grub: Grub) -> None:
     """So that the test below, which kills at each, leaves none out."""
     with watched(Killer()) as seen:
         fresh()
+        install.add_lsm()
         install.uninstall()
     assert tuple(dict.fromkeys(seen)) == install.STEPS
 
@@ -246,7 +375,7 @@ class TestFallback:
             unit = (install.shared() / f"packaging/systemd/uffdguard-{name}.service").read_text()
             (script,) = re.findall(r"^ExecStart=:/bin/sh -c '(.*?)'$", unit, re.MULTILINE | re.DOTALL)
             script = script.replace("\\\n", " ").replace("/sys/fs/bpf", f"{root}/bpf")
-            script = script.replace("/run/uffdguard.proc", f"{root}/hidden")
+            script = script.replace("/run/uffdguard.proc", f"{root}/hidden").replace("/run/uffdguard/", f"{root}/run/")
             script = re.sub(r"/proc/(sys|mounts)", rf"{root}/\1", script)
             assert not re.search(r"(?<!\w)/proc", script)
             assert "%" not in script.replace("%%", "")  # which systemd takes for its own
@@ -298,6 +427,16 @@ class TestFallback:
         assert knob.read_text() == "1\n"
         assert done.stdout.startswith("<4>uffdguard.service has failed. The policy that was in force before stays ")
         assert not (root / "unmounted").exists()
+
+    @pytest.mark.parametrize(("mode", "value"), [("enabled", "1\n"), ("kvm", "0\n"), ("disabled", "0\n")])
+    def test_leaves_what_the_backend_native_has_set(
+        self, root: Path, knob: Path, run: Callable[[], subprocess.CompletedProcess[str]], mode: str, value: str
+    ) -> None:
+        (root / "run").mkdir()
+        (root / "run/mode").write_text(mode)
+        done = run()
+        assert (done.returncode, done.stderr, knob.read_text()) == (0, "", value)
+        assert done.stdout.startswith("<4>uffdguard.service has failed. The policy that was in force before stays ")
 
     @pytest.mark.parametrize(
         ("owner", "mode", "left"), [(0, 0o700, "1\n"), (0, 0o755, "0\n"), (1000, 0o700, "0\n"), (1000, 0o777, "0\n")]

@@ -109,7 +109,7 @@ def test_a_disk_has_our_directories_at_their_places(tmp_path: Path) -> None:
     places = vm.outermost([project, environment, other])
     assert places == [project, other]
     shared = " ".join(vm.exports(places))
-    mounted = vm.script(["true"], project, [], places, architecture=ARM64)
+    mounted = vm.script(["true"], project, [], [], places, architecture=ARM64)
     for number, path in enumerate(places):
         assert f"local,id=lab{number},path={str(path).replace(',', ',,')},security_model=none,readonly=on" in shared
         assert f" lab{number} {shlex.quote(str(path))} ||" in mounted

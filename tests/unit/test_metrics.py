@@ -27,7 +27,7 @@ from uffdguard import __version__, cli, metrics, state
 from uffdguard.conditions import CONDITIONS
 from uffdguard.errors import Failure, one_line
 from uffdguard.kernel import native
-from uffdguard.policy import Mode, Reason
+from uffdguard.policy import WEAKER, Backend, Mode, Reason
 
 if TYPE_CHECKING:
     import signal
@@ -57,8 +57,16 @@ STATUS = test_cli.STATUS._replace(
     failing=["knob-fits"],
 )
 STOPPED = STATUS._replace(
-    in_force=False, answers=False, mode=None, user_mode_only=None, native_knob=None, problems=[], failing=[]
+    in_force=False,
+    answers=False,
+    mode=None,
+    user_mode_only=None,
+    native_knob=None,
+    problems=[],
+    failing=[],
+    backend=None,
 )
+NATIVE = STATUS._replace(backend=Backend.NATIVE, user_mode_only=True, failing=["device-fits"], weaker=WEAKER)
 
 TEXT = f"""\
 # HELP uffdguard_build_info The version of uffdguard, and the kernel it runs on.
@@ -72,6 +80,10 @@ uffdguard_in_force 1.0
 uffdguard_mode{{mode="disabled"}} 0.0
 uffdguard_mode{{mode="enabled"}} 0.0
 uffdguard_mode{{mode="kvm"}} 1.0
+# HELP uffdguard_backend What carries the policy out.
+# TYPE uffdguard_backend gauge
+uffdguard_backend{{backend="lsm"}} 1.0
+uffdguard_backend{{backend="native"}} 0.0
 # HELP uffdguard_problems Number of things amiss, as status lists them.
 # TYPE uffdguard_problems gauge
 uffdguard_problems 2.0
@@ -205,8 +217,19 @@ def test_a_policy_that_does_not_answer_has_conditions_and_no_counter() -> None:
     found = parsed(text(STOPPED._replace(reason="it does not", failing=["ftrace-enabled"])))
     conditions = {key[1]: value for key, value in found.items() if key[0] == "uffdguard_condition"}
     assert {name for name, value in conditions.items() if not value} == {"policy-answers", "ftrace-enabled"}
-    assert set(conditions) == {condition.name for condition in CONDITIONS}
+    assert set(conditions) == {condition.name for condition in CONDITIONS if Backend.LSM in condition.backends}
     assert (found["uffdguard_in_force",], [name for name, *_ in found if name.endswith("_total")]) == (0, [])
+
+
+def test_the_backend_native_has_its_own_conditions_and_no_counter() -> None:
+    found = parsed(text(NATIVE))
+    conditions = {key[1]: value for key, value in found.items() if key[0] == "uffdguard_condition"}
+    assert conditions == {
+        "policy-answers": 1, "knob-fits": 1, "device-fits": 0, "kvm-device": 1, "start-complete": 1,
+        "found-recorded": 1,
+    }  # fmt: skip
+    assert [name for name, *_ in found if name.endswith("_total")] == []
+    assert (found["uffdguard_backend", "native"], found["uffdguard_backend", "lsm"]) == (1, 0)
 
 
 def test_a_policy_that_could_not_be_asked_has_its_counters_and_is_not_said_to_be_out_of_force() -> None:
@@ -246,7 +269,7 @@ def test_a_hostile_name_of_the_kernel_is_a_value_and_no_more() -> None:
 
 
 @pytest.mark.parametrize(
-    "status", [STATUS, STOPPED, STATUS._replace(answers=None), None, STATUS._replace(audit=True, native=5)]
+    "status", [STATUS, STOPPED, NATIVE, STATUS._replace(answers=None), None, STATUS._replace(audit=True, native=5)]
 )
 def test_promtool_has_nothing_to_say_about_the_metrics(status: object) -> None:
     done = subprocess.run(["promtool", "check", "metrics"], input=text(status), capture_output=True, text=True)
@@ -514,7 +537,8 @@ def test_the_dashboard_asks_for_what_is_exported_and_shows_all_of_it() -> None:
     asked = {name for text in prometheus.expressions().values() for name in re.findall(r"uffdguard_\w+", text)}
     assert asked <= exported
     assert exported - asked == {
-        "uffdguard_build_info", "uffdguard_interface_file", "uffdguard_native_knob", "uffdguard_user_mode_only",
+        "uffdguard_backend", "uffdguard_build_info", "uffdguard_interface_file", "uffdguard_native_knob",
+        "uffdguard_user_mode_only",
     }  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from inside import USER, Killer, actor, force_knob, forked, uffdguard, waiting_a
 from uffdguard import guard, lock, proof, state
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, layout, libbpf, native
-from uffdguard.policy import Mode, Policy, Reason
+from uffdguard.policy import Mode, Policy
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -544,7 +544,7 @@ def test_a_hundred_changes_at_once_by_ten_while_ten_ask() -> None:
 
 
 class TestWithoutTheDevice:
-    """No /dev/userfaultfd, as on a kernel before 6.1: the policy is asked by CAP_SYS_PTRACE."""
+    """No /dev/userfaultfd, as on a kernel before 6.1: the policy is asked with UFFD_USER_MODE_ONLY."""
 
     @pytest.fixture(autouse=True)
     def hidden(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -558,8 +558,9 @@ class TestWithoutTheDevice:
         assert uffdguard("start").status == uffdguard("status").status == 0
         assert open_ways() == NOTHING
         with state.pinned() as found:
-            # What was asked is no use of userfaultfd, by capability either.
-            assert libbpf.read(found.fds["counts"], layout.Counts).total().by_reason()[Reason.CAPABILITY] == 0
+            # What was asked is no use of userfaultfd; the strangers' are.
+            counted = libbpf.read(found.fds["counts"], layout.Counts).total()
+            assert set(counted.by_reason().values()) - {0} == {len(WAYS)}
 
     def test_a_policy_that_allows_everything_is_seen(self, variant: Callable[..., None]) -> None:
         variant("return now & STRICT ? -EACCES : -EPERM;", "return 0;")
@@ -567,10 +568,20 @@ class TestWithoutTheDevice:
             start("kvm")()
         assert not state.PINS.exists()
 
-    def test_a_policy_that_allows_the_capability_whatever_is_asked_is_seen(self, variant: Callable[..., None]) -> None:
-        variant("if (now & STRICT)", "if (0)")
-        with pytest.raises(Failure, match="answers wrongly"):
-            start("kvm")()
+    def test_the_option_user_mode_only_does_not_answer_the_strict_question(self) -> None:
+        for mode in (Mode.KVM, Mode.DISABLED, Mode.ENABLED):
+            guard.start(Policy(user_mode_only=True), mode)
+            assert (state.status().in_force, state.status().problems) == (True, [])
+            assert "syscall:1" in open_ways()
+
+    def test_a_policy_that_does_not_answer_any_more_is_seen(self, silence: Callable[[bool], None]) -> None:
+        start("disabled")()
+        silence(True)
+        assert (state.status().in_force, state.status().failing) == (False, ["policy-answers"])
+        with pytest.raises(Failure, match="does not answer"):
+            guard.set_mode(Mode.ENABLED)
+        silence(False)
+        assert state.status().in_force
 
     def test_a_policy_that_is_not_attached_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
         attach = libbpf.Object.attach

@@ -549,6 +549,41 @@ def test_the_watch_closes_the_native_knob_where_that_protects_and_comes_back_by_
     assert os.waitpid(pid, 0)[1] == 0
 
 
+class TestWithoutTheDevice:
+    """No /dev/userfaultfd, as on a kernel before 6.1: a server without capabilities asks and switches all the same."""
+
+    @pytest.fixture(autouse=True)
+    def hidden(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(native, "DEV_USERFAULTFD", Path("/dev/no-such-device"))
+
+    def test_a_write_switches_to_each_mode_from_each_other(self, manager: ServiceManager) -> None:
+        manager.start()
+        assert uffdguard("knob", "mount").status == 0
+        manager.until_ready()
+        for word in ("disabled", "kvm", "enabled", "disabled", "enabled", "kvm"):
+            FILE.write_text(word)
+            assert f"[{word}]" in FILE.read_text()
+            assert native.read_knob() == (word != "disabled")
+            assert actor("syscall", "syscall:1") == ["allowed" if word == "enabled" else "EPERM"] * 2
+        assert actor(KVM, "syscall") == ["allowed", "allowed"]
+
+    def test_the_watch_sees_a_policy_that_does_not_answer_in_each_mode(
+        self, in_force: Callable[..., None], silence: Callable[[bool], None], log: Path
+    ) -> None:
+        in_force("kvm")
+        pid = forked(lambda: uffdguard_knob(log))
+        until(lambda: NATIVE.fullmatch(FILE.read_text()) is None)
+        for number, mode in enumerate(("kvm", "disabled"), 1):
+            in_force(mode)
+            silence(True)
+            until(lambda number=number: log.read_text().count("does not refuse any more") == number)  # type: ignore[misc]
+            assert native.read_knob() == 0
+            silence(False)
+            until(lambda number=number: log.read_text().count("refuses again") == number)  # type: ignore[misc]
+        os.kill(pid, signal.SIGTERM)
+        assert os.waitpid(pid, 0)[1] == 0
+
+
 class TestKilled:
     def test_the_server_alone_leaves_the_native_file(self, serving: int) -> None:
         os.kill(state.server() or 0, signal.SIGKILL)

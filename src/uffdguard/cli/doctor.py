@@ -15,8 +15,10 @@ def command(json: bool) -> None:
     """
     from uffdguard.cli import render
     from uffdguard.kernel import features
+    from uffdguard.policy import WEAKER, Backend
 
-    rows = [*features.rows(), *features.program_rows()]
+    native = features.configured_backend() is Backend.NATIVE
+    rows = [*features.rows(), *([] if native else features.program_rows())]
     able = features.can_enforce(rows)
     missing = [row for row in rows if row.state == "missing"]
     if json:
@@ -31,10 +33,12 @@ def command(json: bool) -> None:
                 hints.setdefault(row.hint, []).append(row.name)
         for hint, names in hints.items():
             click.echo(f"{', '.join(names)}: {hint}")
+        for sentence in WEAKER if native else ():
+            click.echo(f"weaker: {sentence}")
         if able is None:
             click.echo("cannot tell whether this machine can enforce the policy")
         elif able:
-            click.echo("this machine can enforce the policy")
+            click.echo(f"this machine can enforce the policy{' by the weaker backend native' if native else ''}")
         else:
             count = "1 thing is" if len(missing) == 1 else f"{len(missing)} things are"
             click.echo(f"this machine cannot enforce the policy: {count} missing")

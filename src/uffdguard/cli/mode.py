@@ -21,12 +21,14 @@ def command(mode: Mode | None) -> None:
     on a kernel with KVM kvm), switch to it.
     """
     if mode:
-        from uffdguard import guard
+        from uffdguard import guard, state
+        from uffdguard.cli import render
+        from uffdguard.policy import Backend
 
         if guard.set_mode(mode).audit:
-            from uffdguard.cli import render
-
             render.warn_of_audit()
+        if state.backend() is Backend.NATIVE:
+            render.warn_of_native()
     else:
         from uffdguard.cli import plain
 

@@ -9,7 +9,7 @@ from uffdguard import state
 from uffdguard.cli import render
 from uffdguard.conditions import BY_NAME, UNKNOWN
 from uffdguard.kernel import native
-from uffdguard.policy import interface_line
+from uffdguard.policy import Backend, interface_line
 
 if TYPE_CHECKING:
     from uffdguard.state import Status
@@ -28,6 +28,8 @@ def mode() -> None:
     render.echo(interface_line(policy.mode, native.modes()))
     if policy.audit:
         render.warn_of_audit()
+    if state.backend() is Backend.NATIVE:
+        render.warn_of_native()
 
 
 def status(*, json: bool = False) -> int:
@@ -49,12 +51,16 @@ def show(status: Status) -> None:
         rows = [("policy", "NOT IN FORCE, see below")]
     elif status.audit:
         rows = [("policy", f"NOT ENFORCED (audit) since {status.since}: refusals are counted and told, and let pass")]
-    if status.answers is not False:
+    if status.backend is Backend.NATIVE:
+        rows.append(("backend", "native, which is weaker than lsm: see below"))
+    if status.answers is not False or status.backend is Backend.NATIVE:
         rows.append(("mode", str(status.mode)))
         rows.append(("user-mode-only", "allow" if status.user_mode_only else "deny"))
     rows.append(("kernel", status.kernel))
     knob = "unknown" if status.native_knob is None else str(status.native_knob)
     rows.append(("native knob", f"{knob}{', which does not fit the mode' if status.drift else ''}"))
+    if status.device:
+        rows.append(("device", status.device))
     if status.guard:
         refused = f"; refused {status.sysctl_refused} writes" if status.sysctl_refused else ""
         rows.append(("guard of sysctls", f"{GUARD[status.guard]}{refused}"))
@@ -71,6 +77,8 @@ def show(status: Status) -> None:
                 parts.append(f"of these let pass {status.let_pass}")
             rows.append((verdict, f"{total} ({', '.join(parts)})" if parts else str(total)))
     render.columns(rows)
+    for sentence in status.weaker:
+        render.echo(f"weaker: {sentence}")
     for problem in status.problems:
         render.echo(f"{render.coloured('problem')}: {problem}")
     hints: dict[str, list[str]] = {}

@@ -102,6 +102,11 @@ def warn_of_audit() -> None:
     print(f"{coloured('audit')}: refusals are counted and told, and let pass", file=sys.stderr)
 
 
+def warn_of_native() -> None:
+    """Say on standard error that the backend is weaker than another, and where it is said in what."""
+    print("backend native, which is weaker than lsm: uffdguard status says in what", file=sys.stderr)
+
+
 def coloured(word: str) -> str:
     """Return WORD in its colour, if it has one and the user has not said NO_COLOR (no-color.org)."""
     if word not in COLOURS or os.environ.get("NO_COLOR") or not (sys.stdout and sys.stdout.isatty()):

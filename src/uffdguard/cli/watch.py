@@ -29,9 +29,10 @@ def command(everything: bool, since_boot: bool, json: bool) -> None:
     import sys
 
     from uffdguard import events, state
+    from uffdguard.policy import Backend
 
     status = state.status()
-    if status.answers is False:
+    if status.answers is False or status.backend is Backend.NATIVE:
         raise state.not_in_force(status.reason)
     printer = Objects() if json else Lines()
     if since_boot:

@@ -15,9 +15,12 @@ from typing import Literal, NamedTuple, get_args
 from uffdguard.conditions import BY_NAME, Facts, Preemption
 from uffdguard.errors import Failure
 from uffdguard.kernel import arch, libbpf, native
+from uffdguard.policy import Backend
 
 OBJECT = Path(__file__).with_name("guard.bpf.o")
 SECURITYFS = Path("/sys/kernel/security")
+#: Where Debian's GRUB takes parts of its configuration from.
+GRUB_DROP_INS = Path("/etc/default/grub.d")
 HOOK = "inode_init_security_anon"
 #: The lines of docs/kernels.md. No decision hangs on them.
 TRIED = ("6.1", "6.12", "6.18", "7.0", "7.3")
@@ -44,9 +47,22 @@ class Row(NamedTuple):
 
 
 def rows() -> Iterator[Row]:
-    """Yield the rows whose answer costs nothing and changes nothing."""
-    for check in (*CHECKS, configuration):
+    """Yield the rows whose answer costs nothing and changes nothing: of what the configured backend needs."""
+    native_backend = configured_backend() is Backend.NATIVE
+    for check in (*(NATIVE_CHECKS if native_backend else CHECKS), configuration):
         yield check()
+    if native_backend:
+        yield Row("backend", "warning", "native, which is weaker than lsm", "uffdguard(8) says in what")
+
+
+def configured_backend() -> Backend:
+    """Return the backend that the configuration files choose; where they are wrong, that which is exact."""
+    from uffdguard import config
+
+    try:
+        return config.load().backend
+    except Failure:
+        return Backend.LSM
 
 
 def can_enforce(rows: Iterable[Row]) -> bool | None:
@@ -179,8 +195,18 @@ def _lsm() -> Row:
     except OSError:
         return Row("LSM list", "cannot tell", "securityfs is not mounted", MOUNT_SECURITYFS)
     if "bpf" not in modules.split(","):
-        return Row("LSM list", "missing", f"no bpf in {modules}", f"boot with lsm={modules},bpf")
+        by_grub = ", which uffdguard install --lsm has GRUB do" if GRUB_DROP_INS.is_dir() else ""
+        hint = (
+            f"boot with {lsm_parameter(modules)}{by_grub}; without bpf there is start --backend native, which is weaker"
+        )
+        return Row("LSM list", "missing", f"no bpf in {modules}", hint)
     return Row("LSM list", "ok", modules)
+
+
+def lsm_parameter(modules: str) -> str:
+    """Return the kernel's parameter that adds bpf to these LSMs, as securityfs lists them."""
+    # The first one is always there, and is no word of the parameter.
+    return f"lsm={','.join([name for name in modules.split(',') if name != 'capability'] + ['bpf'])}"
 
 
 def _lockdown() -> Row:
@@ -407,9 +433,16 @@ def _proc() -> Row:
 
 def _device_userfaultfd() -> Row:
     if not _is_device(native.DEV_USERFAULTFD):
-        fact = f"{native.DEV_USERFAULTFD} is not there: start asks by CAP_SYS_PTRACE whether the policy answers"
+        fact = f"{native.DEV_USERFAULTFD} is not there: start asks with UFFD_USER_MODE_ONLY whether the policy answers"
         return Row("userfaultfd device", "ok", fact)
     return Row("userfaultfd device", "ok", str(native.DEV_USERFAULTFD))
+
+
+def _device_for_native() -> Row:
+    if _is_device(native.DEV_USERFAULTFD):
+        return Row("userfaultfd device", "ok", str(native.DEV_USERFAULTFD))
+    fact = f"{native.DEV_USERFAULTFD} is not there"
+    return Row("userfaultfd device", "warning", fact, "mode kvm does not exist here by the backend native; others do")
 
 
 def _device_kvm() -> Row:
@@ -433,7 +466,9 @@ def configuration() -> Row:
     from uffdguard import config  # brings msgspec, which nothing else here needs
 
     try:
-        policy = config.load().policy
+        configured = config.load()
+        configured.check(configured.backend)
+        policy = configured.policy
         native.check_mode(policy.mode)
     except Failure as error:
         return Row("configuration", "missing", error.what, error.hint)
@@ -458,6 +493,17 @@ CHECKS: tuple[Callable[[], Row], ...] = (
     _bpffs,
     _proc,
     _device_userfaultfd,
+    _device_kvm,
+)
+
+
+#: What the backend ``native`` needs.
+NATIVE_CHECKS: tuple[Callable[[], Row], ...] = (
+    privileges,
+    namespaces,
+    kernel,
+    _proc,
+    _device_for_native,
     _device_kvm,
 )
 

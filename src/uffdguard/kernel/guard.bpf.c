@@ -407,21 +407,17 @@ static __noinline __u32 attend(struct task_struct *task, __u32 now)
 	return now;
 }
 
-/* Returns the reason, which the strict question leaves no choice. */
-static __noinline enum reason note(enum reason reason, __u32 now)
+static __noinline int note(enum reason reason, __u32 now)
 {
 	if (now & WITNESS) {
-		/* By capability, too: where there is no /dev/userfaultfd, nobody else passes the native check. */
-		if (now & STRICT)
-			reason = REASON_DISABLED;
 		witness.reason = reason;
 		witness.decisions++;
-		return reason;
+		return 0;
 	}
 	count(decisions[reason], 1);
 	if (reason < REASON_DISABLED)
 		tell(reason, now, 1);
-	return reason;
+	return 0;
 }
 
 static __noinline int refuse(enum reason reason, __u32 now)
@@ -475,7 +471,7 @@ int BPF_PROG(decide, struct inode *inode, const struct qstr *name, const struct 
 
 	reason = reason_of(task, (union policy){ .word = now });
 	if (now & SPECIAL)
-		reason = note(reason, now);
+		note(reason, now);
 	else
 		count(decisions[reason], 1);
 	if (reason >= REASON_DISABLED)

@@ -386,10 +386,8 @@ def in_initial(kind: str) -> bool:
     return Path(f"/proc/self/ns/{kind}").stat().st_ino == INITIAL_NAMESPACES[kind]
 
 
-def drop_capabilities(*, permitted: int = 0) -> None:
+def drop_capabilities() -> None:
     """Give up all capabilities of this process, capset(2), and for good: an exec gives root none back.
-
-    :param permitted: a set of those that :func:`set_effective` may take again.
 
     No other process without CAP_SYS_PTRACE may trace it then, nor read its memory, though it has the same user.
     """
@@ -398,18 +396,10 @@ def drop_capabilities(*, permitted: int = 0) -> None:
     # Fails for a process without CAP_SETPCAP, which has no capabilities to get back either.
     _libc().prctl(pr_set_securebits, noroot_locked, 0, 0, 0)
     _libc().prctl(pr_set_no_new_privs, 1, 0, 0, 0)
-    set_effective(0, permitted=permitted)
-    if _libc().prctl(pr_set_dumpable, 0, 0, 0, 0):
-        raise _error()
-
-
-def set_effective(effective: int, *, permitted: int) -> None:
-    """Set the capabilities of this process, of the lower 32.
-
-    :raises OSError: with the kernel's errno; EPERM where it has not those that are to be permitted.
-    """
     header = (ctypes.c_uint32 * 2)(0x20080522, 0)  # _LINUX_CAPABILITY_VERSION_3, this process
-    if _libc().capset(header, (ctypes.c_uint32 * 6)(effective, permitted)):
+    if _libc().capset(header, (ctypes.c_uint32 * 6)()):
+        raise _error()
+    if _libc().prctl(pr_set_dumpable, 0, 0, 0, 0):
         raise _error()
 
 
