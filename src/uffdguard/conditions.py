@@ -35,6 +35,8 @@ class Facts(NamedTuple):
     ftrace_enabled: int | None = None
     #: Whether the kernel skips a program on the LSM hook while another one runs on the same CPU; None: unknown.
     recursion_guard: bool | None = False
+    #: Whether no grant is found while another task that looks for one is preempted on the same CPU; None: unknown.
+    grants_hidden: bool | None = False
     #: How the kernel preempts; None: unknown.
     preemption: Preemption | None = None
     #: What is wrong with the pins, a sentence each.
@@ -118,8 +120,16 @@ def _guard_attached(facts: Facts) -> Iterator[str]:
 def _preemption(facts: Facts) -> Iterator[str]:
     # Before 6.2 and 6.1.54 bpf_trampoline.c enters LSM programs by way of prog->active, one count a CPU.
     if facts.recursion_guard and facts.preempts:
-        how = f"preempts ({facts.preemption})" if facts.preemption else "may preempt"
-        yield f"this kernel {how}, and skips a decision while another one is preempted on the same CPU"
+        yield f"this kernel {_how(facts)}, and skips a decision while another one is preempted on the same CPU"
+
+
+def _grants_found(facts: Facts) -> Iterator[str]:
+    if facts.grants_hidden and facts.preempts:
+        yield f"this kernel {_how(facts)}, and finds no grant while another search is preempted on the same CPU"
+
+
+def _how(facts: Facts) -> str:
+    return f"preempts ({facts.preemption})" if facts.preemption else "may preempt"
 
 
 def _pins_complete(facts: Facts) -> Iterator[str]:
@@ -229,6 +239,15 @@ CONDITIONS = (
         "boot Linux 6.1.54, 6.2 or newer, or with preempt=voluntary where uname -v says PREEMPT_DYNAMIC",
         _preemption,
         row="preemption",
+    ),
+    Condition(
+        "grants-found",
+        "warning",
+        "UffdguardHidesGrants",
+        "The kernel preempts and may find no grant of a process that has one, which is then refused",
+        "boot Linux 6.2 or newer, or with preempt=voluntary where uname -v says PREEMPT_DYNAMIC",
+        _grants_found,
+        row="grants",
     ),
     Condition(
         "pins-complete",

@@ -449,7 +449,9 @@ def _with_machine(facts: Facts) -> Facts:
     facts = facts._replace(ftrace_enabled=features.ftrace_enabled())
     facts = facts._replace(preemption=features.preemption(), recursion_guard=False)
     # To look into the kernel's BTF takes 10 ms.
-    return facts._replace(recursion_guard=features.recursion_guard()) if facts.preempts else facts
+    if not facts.preempts:
+        return facts
+    return facts._replace(recursion_guard=features.recursion_guard(), grants_hidden=features.hides_grants())
 
 
 def _local_time(since_boot: int) -> str:

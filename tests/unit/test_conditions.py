@@ -38,6 +38,16 @@ WRONG: tuple[tuple[str, Facts, str], ...] = (
         Facts(recursion_guard=True),
         "this kernel may preempt, and skips a decision while another one is preempted on the same CPU",
     ),
+    (
+        "grants-found",
+        Facts(grants_hidden=True, preemption="full"),
+        "this kernel preempts (full), and finds no grant while another search is preempted on the same CPU",
+    ),
+    (
+        "grants-found",
+        Facts(grants_hidden=True),
+        "this kernel may preempt, and finds no grant while another search is preempted on the same CPU",
+    ),
     ("pins-complete", Facts(damage=("grants is not pinned",)), "grants is not pinned"),
     ("knob-fits", Facts(knob=1, due=0), "the native knob is 1 and not 0: the net below the policy is open"),
     (
@@ -87,6 +97,8 @@ RIGHT = (
     Facts(recursion_guard=False, preemption="full"),
     Facts(recursion_guard=None),
     *(Facts(recursion_guard=True, preemption=model) for model in ("none", "voluntary")),
+    Facts(grants_hidden=False, preemption="full"),
+    Facts(grants_hidden=True, preemption="voluntary"),
     # This kernel cannot have the guard.
     Facts(guard="unsupported"),
     # The knob cannot be read, which has its own sentence where it matters.

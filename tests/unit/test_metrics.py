@@ -104,6 +104,7 @@ uffdguard_condition{{condition="policy-answers"}} 1.0
 uffdguard_condition{{condition="ftrace-enabled"}} 1.0
 uffdguard_condition{{condition="guard-attached"}} 1.0
 uffdguard_condition{{condition="preemption"}} 1.0
+uffdguard_condition{{condition="grants-found"}} 1.0
 uffdguard_condition{{condition="pins-complete"}} 1.0
 uffdguard_condition{{condition="knob-fits"}} 0.0
 uffdguard_condition{{condition="kvm-device"}} 1.0

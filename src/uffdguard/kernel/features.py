@@ -333,6 +333,26 @@ def _kernel_configuration() -> str | None:
     return None
 
 
+def hides_grants() -> bool | None:
+    """Tell whether a task that is preempted in a task's storage hides all storages on its CPU; None: cannot tell.
+
+    Before 6.2 it does: bpf_task_storage_trylock() of kernel/bpf/bpf_task_storage.c. The functions that came with the
+    change are gone again in 7.3. The storage of control groups came in the same release, and is still there.
+    """
+    try:
+        return not libbpf.kernel_has_function("bpf_cgrp_storage_get")
+    except (Failure, OSError):
+        return None
+
+
+def _grants() -> Row:
+    hidden = hides_grants()
+    if hidden is None:
+        return Row("grants", "cannot tell", "the kernel's BTF tells whether preemption hides them", SEE_ABOVE)
+    facts = Facts(grants_hidden=hidden, preemption=preemption())
+    return _row("grants-found", "found whenever they are looked for", facts)
+
+
 def _preemption() -> Row:
     guard = recursion_guard()
     if guard is None:
@@ -489,6 +509,7 @@ CHECKS: tuple[Callable[[], Row], ...] = (
     _ftrace,
     _jit,
     _preemption,
+    _grants,
     _sysctl_guard,
     _bpffs,
     _proc,
