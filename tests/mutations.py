@@ -29,7 +29,7 @@ MUTATIONS = {
     },
     "nobody has the capability": {"return has_capability(cred, CAP_SYS_PTRACE) &&": "return 0 &&"},
     "a fork inherits the grant": {
-        "\t\tif (!shares_mm(task, mm))\n\t\t\treturn 0;\n": "",
+        "\t\tif (!(i ? shares_mm(task, mm) : parent_shares_mm(task, mm)))\n\t\t\treturn 0;\n": "",
         "return shares_mm(task, mm);": "return 1;",
     },
     "an exec keeps the grant: the id is not compared": {
@@ -38,9 +38,7 @@ MUTATIONS = {
     "the parent is not asked": {
         "|| ancestor_of_current_has_opened_kvm();": "|| (0 && ancestor_of_current_has_opened_kvm());",
     },
-    "the parent is not granted": {
-        "if (!shares_mm(task, mm))\n\t\t\treturn;": "if (shares_mm(task, mm) || 1)\n\t\t\treturn;"
-    },
+    "the parent is not granted": {"if (i == 0 && !parent_shares_mm(task, mm))": "if (i == 0)"},
     "the grant is the thread's and not its leader's": {
         "bpf_task_storage_get(&grants, task->group_leader, 0, 0)": "bpf_task_storage_get(&grants, task, 0, 0)",
         "bpf_task_storage_get(&grants, task->group_leader, 0, BPF_": "bpf_task_storage_get(&grants, task, 0, BPF_",

@@ -20,10 +20,13 @@ struct {
 
 /*
  * How many processes one above the other are asked. A loop and not bpf_loop(), which neither kernels before 5.17 have
- * nor those that interpret programs. The verifier walks through each round on each path to it, and for each pointer that
- * is followed it searches the kernel's types: in decide() with 16 rounds that took a second of every start.
+ * nor those that interpret programs; unrolled, since the verifier takes some loops of clang's for endless. It walks
+ * through each round on each path to it, and for each pointer that is followed it searches the kernel's types: what is
+ * only compared is read by a helper, but for the parent, where nearly everybody's search ends and the helper's time
+ * would count.
  */
 #define GENERATIONS 8
+#define UNROLLED _Pragma("clang loop unroll(full)")
 
 static __always_inline int holds(struct task_struct *task, __u64 exec_id)
 {
@@ -37,7 +40,6 @@ static __always_inline int has_opened_kvm(struct task_struct *task)
 	return holds(task, *(volatile __u64 *)&task->self_exec_id);
 }
 
-/* Of relatives by a helper: at run time that takes longer, but the verifier has no pointer to follow. */
 static __always_inline __u64 exec_id_of(struct task_struct *task)
 {
 	return BPF_CORE_READ(task, self_exec_id);
@@ -46,6 +48,11 @@ static __always_inline __u64 exec_id_of(struct task_struct *task)
 static __always_inline int shares_mm(struct task_struct *task, struct mm_struct *mm)
 {
 	return BPF_CORE_READ(task, mm) == mm;
+}
+
+static __always_inline int parent_shares_mm(struct task_struct *parent, struct mm_struct *mm)
+{
+	return *(struct mm_struct *volatile *)&parent->mm == mm;
 }
 
 static __always_inline struct task_struct *parent_of(struct task_struct *task)
@@ -61,9 +68,10 @@ static __always_inline int ancestor_has_opened_kvm(struct task_struct *task)
 
 	if (!mm) /* at its end, as it may be where an iterator looks */
 		return 0;
+	UNROLLED
 	for (i = 0; i < GENERATIONS; i++) {
 		task = parent_of(task);
-		if (!shares_mm(task, mm))
+		if (!(i ? shares_mm(task, mm) : parent_shares_mm(task, mm)))
 			return 0;
 		/* An ancestor that execs meanwhile may have opened it in its new address space: look at that last. */
 		if (holds(task, exec_id_of(task)))

@@ -519,6 +519,7 @@ static __always_inline void record(struct task_struct *task, struct mm_struct *m
 	__u64 *grant;
 	int i;
 
+	UNROLLED
 	for (i = 0; i < GENERATIONS; i++) {
 		grant = bpf_task_storage_get(&grants, task->group_leader, 0, BPF_LOCAL_STORAGE_GET_F_CREATE);
 		if (!grant)
@@ -526,6 +527,8 @@ static __always_inline void record(struct task_struct *task, struct mm_struct *m
 		else if (*grant <= exec_id) /* an ancestor may have opened it in a later program meanwhile */
 			*grant = exec_id + 1;
 		task = parent_of(task);
+		if (i == 0 && !parent_shares_mm(task, mm))
+			return;
 		/* The id first: one that execs changes its address space before it. */
 		exec_id = exec_id_of(task);
 		if (!shares_mm(task, mm))
