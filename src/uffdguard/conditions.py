@@ -48,6 +48,8 @@ class Facts(NamedTuple):
     knob_problem: str | None = None
     #: What is wrong with /dev/userfaultfd, in a sentence; the backend lsm does not go by it.
     device: str | None = None
+    #: What is wrong with the files that keep what the backend native has set, a sentence each.
+    rules: tuple[str, ...] = ()
     #: What is wrong with /dev/kvm, where that matters.
     kvm: str | None = None
     #: Whether refusals of the native knob are counted.
@@ -149,6 +151,10 @@ def _knob_fits(facts: Facts) -> Iterator[str]:
 def _device_fits(facts: Facts) -> Iterator[str]:
     if facts.device:
         yield facts.device
+
+
+def _rules_fit(facts: Facts) -> Iterator[str]:
+    yield from facts.rules
 
 
 def _kvm_device(facts: Facts) -> Iterator[str]:
@@ -256,6 +262,7 @@ CONDITIONS = (
         "What is pinned of the policy is incomplete or does not belong together",
         START,
         _pins_complete,
+        backends=BOTH,
     ),
     Condition(
         "knob-fits",
@@ -273,6 +280,15 @@ CONDITIONS = (
         "The permissions of /dev/userfaultfd do not fit the mode, which the backend native goes by",
         START,
         _device_fits,
+        backends=(Backend.NATIVE,),
+    ),
+    Condition(
+        "rules-fit",
+        "warning",
+        "UffdguardRules",
+        "The files in /run that keep what the backend native has set are not as they must be",
+        START,
+        _rules_fit,
         backends=(Backend.NATIVE,),
     ),
     Condition(

@@ -167,7 +167,9 @@ def start_native(configured: Policy, mode: Mode | None = None) -> Started:
         found = held.enter_context(pinned()) if left else Pinned()
         if problem := foreign_pins():
             raise Failure(problem, "remove it and run start again")
-        current = found.policy() or native_backend.policy()
+        # A policy of lsm that has not come into force, as of a start that was killed, says nothing.
+        current = found.policy() if found.has("decide") or LOADED.exists() else None
+        current = current or native_backend.policy()
         wanted = Policy(mode or (current or configured).mode, user_mode_only=True)
         native_backend.check_mode(wanted.mode)
         knob = held.enter_context(native.Knob())
@@ -598,7 +600,7 @@ def stop() -> bool:
         left = sorted(PINS.iterdir()) if PINS.is_dir() and not foreign_pins() else []
         if not (left or any(native.RUN.iterdir()) or native.VISIBLE_PROC.parent.exists()):
             return False
-        if left or backend() is not Backend.NATIVE:  # whose kernel may have no bpffs
+        if left or LOADED.exists():  # the backend native may be on a kernel without bpffs
             _mount(undo)
         undo.pop_all()
         programs: list[int] = []
@@ -609,7 +611,7 @@ def stop() -> bool:
                 with contextlib.suppress(OSError, KeyError):
                     libbpf.store(found.fds["enforcement"], layout.Enforcement, "knob", 0)
         # Without any of these a start was killed before it had changed the knob, or a stop after it had restored it.
-        if left or FOUND.exists() or LOADED.exists():
+        if left or FOUND.exists() or backend() is not None:
             step("close the native knob")
             _close_knob()
         _end_policy(left, programs)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from uffdguard import config
+from uffdguard import config, native_backend
 from uffdguard.errors import Failure
 from uffdguard.kernel import features, native
 from uffdguard.policy import Backend, Mode
@@ -103,10 +103,13 @@ def install(command: Path, mode: Mode | None, completion: str) -> Installed:
     foreign = [str(path) for path in there if _hash(path.read_bytes()) not in known.get(str(path), [])]
     if foreign:
         raise Failure(f"not put there by us, or changed since: {', '.join(foreign)}", "move it away and run it again")
-    config.load()
+    configured = config.load()
+    configured.check(configured.backend)
     before = config.read(config.DEFAULT).mode if config.DEFAULT in there else None
     before = None if before is msgspec.UNSET else before
     mode = mode or before or Mode.DISABLED
+    if configured.backend is Backend.NATIVE:
+        native_backend.check_mode(mode)
     native.check_mode(mode)
     wanted = dict(files(command, mode, completion))
     hashes = {str(path): _hash(text.encode()) for path, text in wanted.items()}

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import grp
 import os
+import re
 import select
 import shutil
 import signal
@@ -21,7 +22,7 @@ import struct
 import subprocess
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from uffdguard import proof, state
 from uffdguard.conditions import Facts, failing
@@ -30,6 +31,9 @@ from uffdguard.kernel import native, probe
 from uffdguard.policy import WEAKER, Backend, Mode, Policy, Reason
 from uffdguard.proof import Silence
 from uffdguard.steps import Steps, write
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 #: The steps of this backend, besides those of guard.start and guard.stop.
 STEPS = Steps(
@@ -59,8 +63,6 @@ SYSCTL_KEY = "vm.unprivileged_userfaultfd"
 #: Numbers and names of the devices with major number 10.
 MISC = Path("/proc/misc")
 ACL = "system.posix_acl_access"
-#: Of an ACL, include/uapi/linux/posix_acl.h: the group that owns the file, and the most that a group is allowed.
-ACL_GROUP_OBJ, ACL_MASK = 0x04, 0x10
 
 #: The user and the group that try: no account has this id, and nothing belongs to it.
 STRANGER = native.OWNER + 1
@@ -71,14 +73,19 @@ RULE = """\
 # Written by uffdguard start; uffdguard stop removes it.
 SUBSYSTEM=="misc", KERNEL=="userfaultfd", OWNER:="{uid}", GROUP:="{gid}", MODE:="{mode:04o}"
 """
-#: Early in the boot udev has not given /dev/kvm its group yet. The numbers are those of the device, 10:232.
+#: Early in the boot udev has not given /dev/kvm its group yet, and a module that is unloaded takes it away. As
+#: :func:`due_device` has it: the 11th character that ls shows is a plus where there is an ACL; the numbers are 10:232.
 FOLLOW_KVM = """\
-SUBSYSTEM=="misc", KERNEL=="kvm|userfaultfd", ACTION!="remove", RUN+="/bin/sh -c '\\
-case $$(stat -c %%a:%%t:%%T /dev/kvm) in \\
-*[67]?:a:e8) chgrp --reference=/dev/kvm /dev/userfaultfd && chmod 0660 /dev/userfaultfd;; \\
-*) chmod 0600 /dev/userfaultfd;; \\
+SUBSYSTEM=="misc", KERNEL=="kvm|userfaultfd", RUN+="/bin/sh -c '\
+case $$(ls -l /dev/userfaultfd):$$(ls -l /dev/kvm):$$(stat -c %%t:%%T /dev/kvm) in \
+??????????[!+]*:????rw????[!+]*:a:e8) chgrp --reference=/dev/kvm /dev/userfaultfd && chmod 0660 /dev/userfaultfd;; \
+*) chmod 0600 /dev/userfaultfd; chown 0:0 /dev/userfaultfd;; \
 esac'"
 """
+
+
+#: In the files: what depends on /dev/kvm.
+OF_KVM = re.compile('GROUP:="[0-9]+", MODE:="[0-7]+"')
 
 
 class Permissions(NamedTuple):
@@ -112,17 +119,16 @@ class Permissions(NamedTuple):
         with contextlib.suppress(OSError):
             os.removexattr(path, ACL)
         os.chown(path, self.uid, self.gid)
-        path.chmod(self.mode)
         if self.acl:
+            # It sets the mode, too, whose bits for the group are the most that an entry allows.
             os.setxattr(path, ACL, self.acl)
+        else:
+            path.chmod(self.mode)
 
     @property
     def group_opens(self) -> bool:
-        """Whether the group may open the file to read and write it."""
-        # Of a file with an ACL the group's bits of the mode are the mask.
-        entries = [struct.unpack_from("<HH", self.acl, place) for place in range(4, len(self.acl), 8)]
-        bits = [permission for tag, permission in entries if tag in (ACL_GROUP_OBJ, ACL_MASK)]
-        return all(found & 6 == 6 for found in (self.mode >> 3, *bits))
+        """Whether the group may open the file to read and write it; not with an ACL, which may say otherwise."""
+        return not self.acl and self.mode >> 3 & 6 == 6
 
     def record(self) -> str:
         """Return them as one line."""
@@ -135,7 +141,10 @@ class Permissions(NamedTuple):
         :raises ValueError: it is damaged.
         """
         uid, gid, mode, *acl = line.split()
-        return cls(int(uid), int(gid), int(mode, 8), bytes.fromhex("".join(acl)))
+        found = cls(int(uid), int(gid), int(mode, 8), bytes.fromhex("".join(acl)))
+        if not (0 <= found.uid < 2**32 - 1 and 0 <= found.gid < 2**32 - 1 and 0 <= found.mode <= 0o7777):
+            raise ValueError(line)
+        return found
 
     def __str__(self) -> str:
         """Return them for people, as ``root:kvm 0660``."""
@@ -244,9 +253,20 @@ def wrong_device(mode: Mode) -> str | None:
     found, due = device(), due_device(mode)
     if found is None:
         return f"{native.DEV_USERFAULTFD} is not there, or is another device" if mode is Mode.KVM else None
-    if found == due:
+    # In mode enabled the device is as it was found, or as somebody has made it since: udev at boot, say.
+    if found == due or mode is Mode.ENABLED:
         return None
     return f"{native.DEV_USERFAULTFD} is {found} and not {due}, as mode {mode} needs it"
+
+
+def wrong_rules(mode: Mode) -> Iterator[str]:
+    """Yield what is wrong with each of the files that keep what is set."""
+    wanted = rules(mode)
+    for path in RULES:
+        # What /dev/kvm was when they were written does not matter: the rule follows it.
+        there, due = (OF_KVM.sub("", text) if text else None for text in (_read(path), wanted.get(path)))
+        if there != due:
+            yield f"{path} {'is changed' if there and due else 'is left over' if there else 'is not there'}"
 
 
 def put(mode: Mode, knob: native.Knob, fds: dict[str, int], undo: contextlib.ExitStack) -> None:
@@ -258,8 +278,8 @@ def put(mode: Mode, knob: native.Knob, fds: dict[str, int], undo: contextlib.Exi
     :param undo: gets what puts everything back.
     :raises OSError: the kernel or a guard refused.
     """
-    before = device()
-    if policy() is None:
+    before, older = device(), policy()
+    if older is None:
         # Of a start or stop that was killed: nothing had been changed yet, or all was given back.
         step("record the device")
         undo.callback(FOUND_DEVICE.unlink, missing_ok=True)
@@ -276,7 +296,9 @@ def put(mode: Mode, knob: native.Knob, fds: dict[str, int], undo: contextlib.Exi
     undo.callback(proof.set_knob, fds, value, knob)
     if not due:
         proof.set_knob(fds, due, knob)
-    if before and before != due_device(mode):
+    # In mode enabled it is given back once: it may be changed then.
+    given_back = mode is Mode.ENABLED and (older is None or older.mode is mode)
+    if before and before != due_device(mode) and not given_back:
         step("set the device")
         undo.callback(before.give, native.DEV_USERFAULTFD)
         for _ in range(3):  # udev may give /dev/kvm its group, and this device with it, at this very moment
@@ -336,7 +358,12 @@ def give_back() -> None:
     _reload_udev()
     if device() is not None:
         step("restore the device")
-        (found_device() or CLOSED).give(native.DEV_USERFAULTFD)
+        try:
+            (found_device() or CLOSED).give(native.DEV_USERFAULTFD)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # of a damaged ACL
+                raise
+            CLOSED.give(native.DEV_USERFAULTFD)
     step("remove the mode")
     state.NATIVE_MODE.unlink()
     FOUND_DEVICE.unlink(missing_ok=True)
@@ -449,6 +476,9 @@ def status(interface: state.Interface) -> state.Status:
         due=due,
         knob_problem=unread,
         device=wrong_device(mode),
+        rules=tuple(wrong_rules(mode)),
+        # A change of the backend that was killed.
+        damage=(f"{state.PINS} is there, of the backend lsm",) if state.PINS.exists() else (),
         kvm=native.wrong_kvm() if mode is Mode.KVM else None,
         found_recorded=state.FOUND.exists(),
         device_recorded=FOUND_DEVICE.exists(),

@@ -94,8 +94,8 @@ pytestmark = pytest.mark.timeout(4 * machines.SECONDS)
 KVM = "disabled enabled [kvm]"
 CLOSED = (
     "uffdguard.service has failed and no policy is in force: vm.unprivileged_userfaultfd is 0 now (before: 1), so "
-    "that nobody without CAP_SYS_PTRACE gets a userfaultfd for faults of the kernel. See journalctl -u "
-    "uffdguard.service, correct what it names, and run systemctl restart uffdguard.service."
+    "that nobody without CAP_SYS_PTRACE gets a userfaultfd for faults of the kernel by userfaultfd(2). See "
+    "journalctl -u uffdguard.service, correct what it names, and run systemctl restart uffdguard.service."
 )
 WHY = {
     "without_lsm": "uffdguard: the policy cannot be put in force here: LSM list: no bpf in lockdown",

@@ -62,6 +62,7 @@ WRONG: tuple[tuple[str, Facts, str], ...] = (
         "the native knob is 1 and not 0: everybody may use userfaultfd",
     ),
     ("device-fits", Facts(device="it is open"), "it is open"),
+    ("rules-fit", Facts(rules=("a file is not there",)), "a file is not there"),
     ("kvm-device", Facts(kvm="/dev/kvm: no"), "/dev/kvm: no: it grants nobody"),
     ("native-counted", Facts(due=0, native_counted=False), "the refusals of the native knob are not counted"),
     ("native-counted", Facts(due=1, native_counted=True), "a counter is left over"),

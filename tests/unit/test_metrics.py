@@ -226,8 +226,8 @@ def test_the_backend_native_has_its_own_conditions_and_no_counter() -> None:
     found = parsed(text(NATIVE))
     conditions = {key[1]: value for key, value in found.items() if key[0] == "uffdguard_condition"}
     assert conditions == {
-        "policy-answers": 1, "knob-fits": 1, "device-fits": 0, "kvm-device": 1, "start-complete": 1,
-        "found-recorded": 1,
+        "policy-answers": 1, "pins-complete": 1, "knob-fits": 1, "device-fits": 0, "rules-fit": 1, "kvm-device": 1,
+        "start-complete": 1, "found-recorded": 1,
     }  # fmt: skip
     assert [name for name, *_ in found if name.endswith("_total")] == []
     assert (found["uffdguard_backend", "native"], found["uffdguard_backend", "lsm"]) == (1, 0)

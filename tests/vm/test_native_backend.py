@@ -248,6 +248,28 @@ class TestStatus:
         finally:
             os.chown(native.DEV_KVM, 0, KVM_GROUP)
 
+    @pytest.mark.parametrize("mode", Mode)
+    def test_names_a_file_that_no_more_keeps_what_is_set_and_start_repairs_it(self, mode: Mode) -> None:
+        start(mode)
+        for path in (path for path in native_backend.RULES if path.exists()):
+            for spoil in (path.unlink, lambda path=path: path.write_text("# nothing\n")):
+                spoil()
+                assert state.status().failing == ["rules-fit"]
+                assert uffdguard("status").status == 1
+                assert uffdguard("start").status == 0
+                assert state.status().problems == []
+
+    def test_does_not_mind_what_is_made_of_the_device_in_mode_enabled(self) -> None:
+        found = device()
+        start("enabled")
+        try:
+            native.DEV_USERFAULTFD.chmod(0o660)
+            assert state.status().problems == []
+            assert uffdguard("start").status == 0
+            assert native_backend.Permissions.of(native.DEV_USERFAULTFD).mode == 0o660
+        finally:
+            found.give(native.DEV_USERFAULTFD)
+
     def test_asks_and_does_not_infer(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """All looks as it should, and an ordinary process is allowed."""
         start("kvm")
@@ -300,6 +322,20 @@ class TestStop:
         assert state.status().failing == ["found-recorded"]
         guard.stop()
         assert (device(), knob()) == (native_backend.CLOSED, 0)
+
+    def test_closes_the_knob_where_what_was_found_is_lost(self) -> None:
+        start("enabled")
+        state.FOUND.unlink()
+        assert uffdguard("stop").status == 0
+        assert knob() == 0
+
+    @pytest.mark.parametrize("text", ["0 36 660 0200", "99999999999999999999 0 600", "0 0 7777777"])
+    def test_ends_with_the_device_closed_where_the_record_of_it_is_damaged(self, text: str) -> None:
+        start("kvm")
+        native_backend.FOUND_DEVICE.write_text(text)
+        outcome = uffdguard("stop")
+        assert (outcome.status, outcome.err) == (0, "")
+        assert (device(), state.backend()) == (native_backend.CLOSED, None)
 
     def test_a_record_of_the_mode_that_is_damaged_counts_as_the_strictest(self) -> None:
         start("enabled")
@@ -439,6 +475,14 @@ class TestTheChangeOfTheBackend:
         assert gets() <= {USER_MODE_ONLY}
         guard.stop()
         assert (device(), knob()) == (found, 0)
+
+    def test_that_was_killed_before_lsm_is_in_force_leaves_the_mode_to_native_and_is_named(self) -> None:
+        set_("disabled")()
+        killed_at("pin witness", lambda: guard.start(Policy(), Mode.ENABLED))
+        assert state.backend() is Backend.NATIVE
+        assert state.status().failing == ["pins-complete"]
+        assert uffdguard("start").status == 0
+        all_is_right("disabled")
 
     def test_to_lsm_that_fails_leaves_native_in_force(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def fail(*arguments: object) -> None:

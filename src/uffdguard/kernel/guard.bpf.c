@@ -541,10 +541,13 @@ SEC("fexit/misc_open")
 int BPF_PROG(grant, struct inode *inode, struct file *file, int ret)
 {
 	struct task_struct *task;
+	struct mm_struct *mm;
 
 	if (!ret && inode->i_rdev == KVM_RDEV) {
 		task = bpf_get_current_task_btf();
-		record(task, task->mm, task->self_exec_id);
+		mm = task->mm;
+		if (mm) /* no kernel thread, all of which have that in common */
+			record(task, mm, task->self_exec_id);
 	}
 	return 0;
 }
