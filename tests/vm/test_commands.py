@@ -157,7 +157,7 @@ class TestWhatIsMissing:
     def test_bpf_among_the_lsms(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / "lsm").write_text("lockdown,capability,apparmor")
         monkeypatch.setattr(features, "SECURITYFS", tmp_path)
-        self.refused("no bpf in lockdown,capability,apparmor", "boot with lsm=lockdown,capability,apparmor,bpf")
+        self.refused("no bpf in lockdown,capability,apparmor", "boot with lsm=lockdown,apparmor,bpf")
 
     def test_a_kernel_that_refuses_the_program(self, variant: Callable[..., None]) -> None:
         variant("return now & STRICT ? -EACCES : -EPERM;", "return *(int *)0x10;")
