@@ -137,7 +137,8 @@ class TestRecursionGuard:
             pytest.skip("this kernel preempts")
         assert uffdguard("start").status == 0
         with preemptible():
-            assert state.status().failing == ["preemption"]
+            # Such a kernel may hide grants as well, which is less.
+            assert state.status().failing[0] == "preemption"
             assert "this kernel preempts (full)" in uffdguard("status").out
 
     def test_does_not_go_with_one_that_does(self) -> None:
