@@ -278,8 +278,8 @@ def put(mode: Mode, knob: native.Knob, fds: dict[str, int], undo: contextlib.Exi
     :param undo: gets what puts everything back.
     :raises OSError: the kernel or a guard refused.
     """
-    before, older = device(), policy()
-    if older is None:
+    before = device()
+    if policy() is None:
         # Of a start or stop that was killed: nothing had been changed yet, or all was given back.
         step("record the device")
         undo.callback(FOUND_DEVICE.unlink, missing_ok=True)
@@ -296,9 +296,9 @@ def put(mode: Mode, knob: native.Knob, fds: dict[str, int], undo: contextlib.Exi
     undo.callback(proof.set_knob, fds, value, knob)
     if not due:
         proof.set_knob(fds, due, knob)
-    # In mode enabled it is given back once: it may be changed then.
-    given_back = mode is Mode.ENABLED and (older is None or older.mode is mode)
-    if before and before != due_device(mode) and not given_back:
+    # In mode enabled it is given back if it is still as another mode has made it, and else left as somebody wants it.
+    theirs = mode is Mode.ENABLED and before not in (due_device(Mode.KVM), CLOSED)
+    if before and before != due_device(mode) and not theirs:
         step("set the device")
         undo.callback(before.give, native.DEV_USERFAULTFD)
         for _ in range(3):  # udev may give /dev/kvm its group, and this device with it, at this very moment
