@@ -311,3 +311,15 @@ def uffdguard(*arguments: str, user: int = 0) -> Outcome:
         out.seek(0)
         err.seek(0)
         return Outcome(os.waitstatus_to_exitcode(ended), out.read(), err.read())
+
+
+def killed_at(step: str, job: Callable[[], object]) -> bool:
+    """Do JOB in a process that is killed just before STEP; tell whether it came to that."""
+
+    def doomed() -> None:
+        with watched(Killer(step)):
+            job()
+
+    status = os.waitstatus_to_exitcode(os.waitpid(forked(doomed), 0)[1])
+    assert status in (0, -signal.SIGKILL)
+    return status != 0

@@ -354,8 +354,8 @@ def _replace(
 
     The policy is kept where a program decides by it: older and newer are attached together for a while. The grants
     are kept when the hook that gives them was never missing, so that running virtual machines keep theirs; otherwise
-    they begin anew and empty: a repair grants nobody, for who holds /dev/kvm then may have been passed it. The same
-    goes for an upgrade from a version whose grants are of another kind: only the policy is kept.
+    they begin anew and empty: a repair grants nobody, since a process that holds /dev/kvm then may have been passed it.
+    The same goes for an upgrade from a version whose grants are of another kind: only the policy is kept.
 
     :returns: descriptors of all parts.
     """

@@ -94,7 +94,7 @@ class Permissions(NamedTuple):
     uid: int
     gid: int
     mode: int
-    #: The ACL, acl(5), as the kernel keeps it; nothing where there is none.
+    #: The ACL, acl(5), as the kernel keeps it; empty without one.
     acl: bytes = b""
 
     @classmethod
@@ -240,12 +240,7 @@ def rules(mode: Mode) -> dict[Path, str]:
 
 def fits(mode: Mode, knob: native.Knob) -> bool:
     """Tell whether all is as MODE needs it; nothing is asked."""
-    wanted = rules(mode)
-    return (
-        knob.read() == due_knob(mode)
-        and wrong_device(mode) is None
-        and all(_read(path) == wanted.get(path) for path in RULES)
-    )
+    return knob.read() == due_knob(mode) and wrong_device(mode) is None and not any(wrong_rules(mode))
 
 
 def wrong_device(mode: Mode) -> str | None:

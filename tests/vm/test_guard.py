@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from inside import USER, Killer, actor, force_knob, forked, uffdguard, waiting_actor, watched
+from inside import USER, Killer, actor, force_knob, forked, killed_at, uffdguard, waiting_actor, watched
 
 from uffdguard import guard, lock, proof, state
 from uffdguard.errors import Failure
@@ -42,18 +42,6 @@ def open_ways(*steps: str) -> set[str]:
 
 def knob() -> int:
     return int(Path("/proc", native.KNOB).read_text())
-
-
-def killed_at(step: str, job: Callable[[], object]) -> bool:
-    """Do JOB in a process that is killed just before STEP; tell whether it came to that."""
-
-    def doomed() -> None:
-        with watched(Killer(step)):
-            job()
-
-    status = os.waitstatus_to_exitcode(os.waitpid(forked(doomed), 0)[1])
-    assert status in (0, -signal.SIGKILL)
-    return status != 0
 
 
 def start(mode: str) -> Callable[[], object]:

@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import json
 import os
-import signal
 import stat
 import struct
 import subprocess
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from inside import KVM_GROUP, USER, Killer, Outcome, forked, uffdguard, watched
+from inside import KVM_GROUP, USER, Outcome, forked, killed_at, uffdguard
 
 from uffdguard import config, guard, native_backend, state
 from uffdguard.errors import Failure
@@ -95,18 +94,6 @@ def knob() -> int:
 
 def device() -> Permissions:
     return Permissions.of(native.DEV_USERFAULTFD)
-
-
-def killed_at(step: str, job: Callable[[], object]) -> bool:
-    """Do JOB in a process that is killed just before STEP; tell whether it came to that."""
-
-    def doomed() -> None:
-        with watched(Killer(step)):
-            job()
-
-    status = os.waitstatus_to_exitcode(os.waitpid(forked(doomed), 0)[1])
-    assert status in (0, -signal.SIGKILL)
-    return status != 0
 
 
 def set_(mode: str) -> Callable[[], object]:

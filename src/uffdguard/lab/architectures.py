@@ -16,7 +16,7 @@ class Architecture:
     options: tuple[str, ...] = ()
     #: For the kernel's command line.
     parameters: tuple[str, ...] = ()
-    #: The module that makes /dev/kvm, where it is none of the kernel's own.
+    #: The module that makes /dev/kvm; None: KVM is built into the kernel.
     kvm_module: str | None = None
 
     @property

@@ -51,7 +51,7 @@ KNOWN = " and ".join(ARCHITECTURES)
 def current() -> Architecture:
     """Return the architecture of this machine.
 
-    :raises Failure: it is none of those in the table.
+    :raises Failure: the table does not have it.
     """
     machine = os.uname().machine
     if machine not in ARCHITECTURES:
